@@ -1,0 +1,48 @@
+# Every target makes what it needs: a virtual environment in .venv, then the package in it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# On a machine without a GPU, PyTorch's own index of CPU wheels saves gigabytes: make ... TORCH_INDEX=<its address>
+TORCH_INDEX ?=
+# Workers for the test suite; each holds a small model.
+WORKERS ?= 2
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup quickstart test check format bench peft-suite clean
+.DEFAULT_GOAL := help
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[quickstart,dev]'
+	touch $@
+
+setup: $(VENV)/.installed  ## make the virtual environment and install everything in it
+
+quickstart: setup  ## train a real encoder on real text in a few minutes
+	$(BIN)/ranktune train examples/quickstart.yaml
+
+test: setup  ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+check: setup  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup  ## rewrite the files the way `check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## time a training step and count what backward keeps, beside stock PEFT
+	$(BIN)/python benchmarks/step_cost.py
+
+peft-suite: setup  ## PEFT's own tests, pointed at our configs
+	$(BIN)/python -m tests.peft_suite
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,23 @@
+"""What every test shares: no network, and the place of the optional real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before transformers or datasets are imported anywhere: a test that would reach a hub fails at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets and small pretrained models; skips where the machine has none."""
+    folder = Path(os.environ.get("RANKTUNE_DATA", PROJECT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder} (set RANKTUNE_DATA)")
+    return folder
