@@ -1,0 +1,73 @@
+"""ranktune: low-rank fine-tuning that chooses its own rank, inside Hugging Face PEFT.
+
+Importing this package is light: public names load on first use, and its adapters become known to PEFT as soon as PEFT
+itself is imported, before or after.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from ranktune.adapters import active_parameters, parameter_groups, ranks, total_rank
+    from ranktune.config import RankConfig
+    from ranktune.errors import ConfigError, DataError, RanktuneError, RecipeError
+    from ranktune.methods import DoraConfig
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConfigError": "ranktune.errors",
+    "DataError": "ranktune.errors",
+    "DoraConfig": "ranktune.methods",
+    "RankConfig": "ranktune.config",
+    "RanktuneError": "ranktune.errors",
+    "RecipeError": "ranktune.errors",
+    "active_parameters": "ranktune.adapters",
+    "parameter_groups": "ranktune.adapters",
+    "ranks": "ranktune.adapters",
+    "total_rank": "ranktune.adapters",
+}
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "DoraConfig",
+    "RankConfig",
+    "RanktuneError",
+    "RecipeError",
+    "active_parameters",
+    "parameter_groups",
+    "ranks",
+    "total_rank",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ranktune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Registration needs PEFT and our config class. Where the config's own import is what brings PEFT in, it has to finish
+# first; in every other order PEFT's import is the moment.
+@wrapt.when_imported("peft")
+def _register_with_peft(_: ModuleType) -> None:
+    if "ranktune.config" not in sys.modules:
+        importlib.import_module("ranktune.tuner")
+
+
+@wrapt.when_imported("ranktune.config")
+def _register_after_config(_: ModuleType) -> None:
+    importlib.import_module("ranktune.tuner")

@@ -1,0 +1,201 @@
+"""The low-rank update as algebra: ``y = (1 + o) * (W x + s B A d(x)) + bias`` in one autograd node.
+
+``W`` is frozen, ``A`` [r, in] and ``B`` [out, r] are trained, ``d`` is dropout, ``s`` the scale and ``o`` [out] the
+gain offset of a weight-decomposed layer (``None`` for plain LoRA, where it would be zero). Composing the same formula
+from stock operators writes the output four times and keeps the dropped-out input; here the low-rank product is added
+into the base output and into the input gradient in place, and backward keeps the input, ``A d(x)`` and one byte per
+dropped element.
+
+Every function here is pure torch: no module, no configuration, no PEFT. Tokens are flattened to one dimension: x is
+[n, in], y is [n, out].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    *,
+    offset: Tensor | None = None,
+    dropout: float = 0.0,
+    drop_base_path: bool = True,
+    small_gain: bool = False,
+) -> Tensor:
+    """Apply a frozen linear layer and its low-rank update in one autograd node.
+
+    Args:
+        x: [..., in], the layer's input.
+        weight: [out, in], frozen (it gets no gradient); any strides, so a transposed view serves ``Conv1D``.
+        bias: [out] or None, frozen; added once and never scaled by the gain.
+        A: [r, in]. B: [out, r]. Cast to the compute dtype, which is autocast's where it is on, else x's.
+        scale: s, multiplies ``B A``.
+        offset: [out], float32 or wider, ``m / ||W + s B A|| - 1``. Its gradient is exact.
+        dropout: probability in [0, 1) of zeroing an element of the update's input.
+        drop_base_path: with ``offset`` and dropout, whether the gain's share of the base output also sees the
+            dropped-out input (DoRA's two paths; a second product with ``weight``) or only the low-rank path does.
+        small_gain: some ``1 + offset`` is so near zero that the output cannot be divided by it; backward then
+            recomputes the unscaled output with one more product.
+
+    Returns:
+        [..., out] in the compute dtype.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    flat = x.reshape(-1, x.shape[-1])
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    keep = _keep_mask(flat, dropout) if dropout > 0.0 else None
+    survival = 1.0 / (1.0 - dropout)
+    with torch.autocast(x.device.type, enabled=False):
+        if offset is not None and keep is not None and drop_base_path:
+            y = _TwoPathLinear.apply(flat, weight, bias, A, B, scale, offset, keep, survival)
+        else:
+            y = _LowRankLinear.apply(flat, weight, bias, A, B, scale, offset, keep, survival, small_gain)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _keep_mask(x: Tensor, dropout: float) -> Tensor:
+    """Draw the elements that survive dropout: bool [n, in], reproducible under gradient checkpointing."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout)
+
+
+def _drop(x: Tensor, keep: Tensor | None, survival: float) -> Tensor:
+    """d(x): zero what is not kept and scale the rest by 1 / (1 - p)."""
+    return x if keep is None else (x * keep).mul_(survival)
+
+
+def _gain_times(value: Tensor, offset: Tensor) -> Tensor:
+    """``(1 + offset) * value`` in value's dtype, the sum formed in offset's wider one.
+
+    In bfloat16 a gain near one has a spacing of 2^-8 and would lose what it learnt; its offset does not.
+    """
+    return torch.addcmul(value, value, offset, out=torch.empty_like(value))
+
+
+def _column_dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of a * b over tokens: [n, out], [n, out] -> [out]."""
+    return (a * b).sum(0, dtype=dtype)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """``y = (1 + o) (W x + s B A d(x)) + bias``: one pass through W forward, one backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        offset: Tensor | None,
+        keep: Tensor | None,
+        survival: float,
+        small_gain: bool,
+    ) -> Tensor:
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        u = _drop(x, keep, survival) @ A.T
+        y.addmm_(u, B.T, alpha=scale)
+        if offset is not None:
+            # (1 + o)(y - bias) + bias: exactly y where o is zero, so a fresh adapter changes no bit.
+            if bias is None:
+                torch.addcmul(y, y, offset, out=y)
+            else:
+                torch.addcmul(bias * -offset, y, offset + 1.0, out=y)
+        ctx.scale, ctx.survival, ctx.small_gain = scale, survival, small_gain
+        ctx.output = None
+        kept_output = None
+        if offset is not None and ctx.needs_input_grad[6] and not small_gain:
+            # The gain's gradient needs the unscaled output, and the output itself gives it. Saved under a version
+            # counter of its own, because some models add to it in place; an empty tensor on the output's counter
+            # tells backward whether that happened.
+            kept_output = y.data
+            ctx.output = y.detach()
+            ctx.output.set_()  # pyright: ignore[reportCallIssue]
+            ctx.output_version = ctx.output._version
+        ctx.save_for_backward(x, weight, bias, A, B, u, offset, keep, kept_output)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, bias, A, B, u, offset, keep, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        d_offset = None
+        if needs[6]:
+            if y is not None and ctx.output._version == ctx.output_version:
+                d_offset = _column_dot(dy, y, offset.dtype)
+                if bias is not None:
+                    d_offset.sub_(bias * dy.sum(0, dtype=offset.dtype))
+                d_offset.div_(offset + 1.0)
+            else:
+                unscaled = F.linear(x, weight.to(x.dtype)).addmm_(u, B.T, alpha=ctx.scale)
+                d_offset = _column_dot(dy, unscaled, offset.dtype)
+        dv = dy if offset is None else _gain_times(dy, offset)
+        du = dv @ (B * ctx.scale)
+        dx = dv @ weight.to(dv.dtype) if needs[0] else None
+        if dx is not None:
+            if keep is None:
+                dx.addmm_(du, A)
+            else:
+                dx.addcmul_(du @ A, keep.to(dx.dtype), value=ctx.survival)
+        dA = du.T @ _drop(x, keep, ctx.survival) if needs[3] else None
+        dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
+        return dx, None, None, dA, dB, None, d_offset, None, None, None
+
+
+class _TwoPathLinear(torch.autograd.Function):
+    """``y = W x + bias + o W d(x) + (1 + o) s B A d(x)``: DoRA's dropout, with a second pass through W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        offset: Tensor,
+        keep: Tensor,
+        survival: float,
+    ) -> Tensor:
+        w = weight.to(x.dtype)
+        y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+        dropped = _drop(x, keep, survival)
+        u = dropped @ A.T
+        y.addmm_(u, B.T, alpha=scale)
+        unscaled = F.linear(dropped, w).addmm_(u, B.T, alpha=scale)
+        torch.addcmul(y, unscaled, offset, out=y)
+        ctx.scale, ctx.survival = scale, survival
+        ctx.save_for_backward(x, weight, A, B, u, offset, keep, unscaled if ctx.needs_input_grad[6] else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, A, B, u, offset, keep, unscaled = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        d_offset = _column_dot(dy, unscaled, offset.dtype) if needs[6] else None
+        dv = _gain_times(dy, offset)
+        du = dv @ (B * ctx.scale)
+        dx = None
+        if needs[0]:
+            w = weight.to(dy.dtype)
+            d_dropped = ((dv - dy) @ w).addmm_(du, A)
+            dx = (dy @ w).addcmul_(d_dropped, keep.to(dy.dtype), value=ctx.survival)
+        dA = du.T @ _drop(x, keep, ctx.survival) if needs[3] else None
+        dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
+        return dx, None, None, dA, dB, None, d_offset, None, None

@@ -1,0 +1,76 @@
+"""Weight decomposition (DoRA): row norms of ``V = W + s B A`` without ever forming V, and the gain ``m / ||V||``.
+
+The squared norm of row j expands to (Liu 2024, section 4.3; the factored form is that of arXiv 2603.22276)
+
+    ||V_j||^2 = ||W_j||^2 + 2 s <B_j, (W A^T)_j> + s^2 B_j (A A^T) B_j^T
+
+whose first term is a constant of the frozen weight. The rest needs [out, r] and [r, r] temporaries and one product
+with W, where a dense norm needs three [out, in] ones. Everything is at least float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows of a low-precision weight are widened this many at a time, so that no [out, in] float32 copy exists.
+_CHUNK_ROWS = 1024
+# Below this share of ||W_j||^2 the expansion has cancelled and the row is computed densely.
+_CANCELLED = 1e-4
+# A gain this near zero cannot be divided by: backward recomputes the unscaled output instead.
+_SMALL_GAIN = 1e-3
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms, magnitudes and gains for a weight of this dtype: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def squared_row_norms(weight: Tensor) -> Tensor:
+    """``||W_j||^2`` of a weight [out, in] as [out], at least float32."""
+    wide = norm_dtype(weight.dtype)
+    return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(_CHUNK_ROWS)])
+
+
+def norm_floor(squared: Tensor) -> Tensor:
+    """The smallest norm a row may have: 1e-6 of the mean row norm (scalar), so that a zero row gives no 0 / 0."""
+    return squared.sqrt().mean().mul(1e-6).clamp_min(1e-12)
+
+
+def row_norms(weight: Tensor, squared: Tensor, A: Tensor, B: Tensor, scale: float, *, guard: bool = True) -> Tensor:
+    """``max(||W_j + s (B A)_j||, floor)`` for every row j.
+
+    Args:
+        weight: [out, in], any dtype. squared: its ``squared_row_norms``.
+        A: [r, in]. B: [out, r]. scale: s.
+        guard: recompute densely the rows where the update nearly cancels the weight. It reads one flag back from
+            the device, so it is off inside ``torch.compile``.
+
+    Returns:
+        [out], at least float32; differentiable in A and B where gradients are enabled.
+    """
+    wide = squared.dtype
+    A, B = A.to(wide), B.to(wide)
+    cross = torch.cat([rows.to(wide) @ A.T for rows in weight.split(_CHUNK_ROWS)])
+    update = (2.0 * scale) * (B * cross).sum(1) + (scale * scale) * ((B @ (A @ A.T)) * B).sum(1)
+    total = (squared + update).clamp_min(0.0)
+    if guard:
+        cancelled = total.detach() < _CANCELLED * squared
+        if cancelled.any():
+            rows = cancelled.nonzero().squeeze(1)
+            dense = (weight[rows].to(wide) + scale * (B[rows] @ A)).square().sum(1)
+            total = total.index_copy(0, rows, dense)
+    floor = norm_floor(squared)
+    # sqrt has an infinite slope at zero: rows at the floor take the constant, and a zero gradient.
+    above = total > floor * floor
+    return torch.where(above, torch.where(above, total, 1.0).sqrt(), floor)
+
+
+def gain_offset(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """``m / n - 1`` [out], formed as ``(m - n) / n`` so that it is exactly zero where m equals n."""
+    return (magnitude - norms) / norms
+
+
+def has_small_gain(offset: Tensor) -> bool:
+    """Whether some gain is too near zero for the output to be divided by it."""
+    return bool(((offset + 1.0).abs() < _SMALL_GAIN).any())

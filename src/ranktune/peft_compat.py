@@ -1,0 +1,66 @@
+"""Every place where ranktune leans on PEFT's internals rather than on its documented interface.
+
+PEFT knows its methods through a closed enum and four tables; a method from outside has to be added to both. When a
+new PEFT release moves something, this is the file to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
+from peft.utils import PeftType, register_peft_method
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ranktune.config import PEFT_TYPE, RankConfig, config_from_fields
+from ranktune.errors import ConfigError
+
+# Every name of ours in a model or a file begins with this, and PEFT tells our tensors by it.
+PREFIX = PEFT_TYPE.lower() + "_"
+
+Value = TypeVar("Value")
+
+
+def add_peft_type() -> None:
+    """Add our member to PEFT's enum of adapter types, once."""
+    if PEFT_TYPE in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, PEFT_TYPE)
+    member._name_ = PEFT_TYPE
+    member._value_ = PEFT_TYPE
+    PeftType._member_map_[PEFT_TYPE] = member
+    PeftType._member_names_.append(PEFT_TYPE)
+    PeftType._value2member_map_[PEFT_TYPE] = member
+
+
+class SavedConfig(PeftConfig):
+    """What PEFT constructs from an ``adapter_config.json`` of ours: the config class that its ``method`` names."""
+
+    def __new__(cls, **fields: Any) -> RankConfig:  # pyright: ignore[reportInconsistentConstructor]
+        return config_from_fields(fields)
+
+
+def register(tuner: type[BaseTuner]) -> None:
+    """Make PEFT know our adapters: `get_peft_model`, `PeftModel.from_pretrained`, `AutoPeftModel`, transformers."""
+    add_peft_type()
+    register_peft_method(name=PEFT_TYPE.lower(), config_cls=SavedConfig, model_cls=tuner, prefix=PREFIX)
+
+
+def feature_counts(layer: nn.Module) -> tuple[int, int]:
+    """The (in, out) features of a linear layer of any kind PEFT knows, ``Conv1D`` and quantised ones included.
+
+    Raises:
+        ConfigError: PEFT cannot tell them.
+    """
+    inputs, outputs = _get_in_out_features(layer)
+    if inputs is None or outputs is None:
+        raise ConfigError(f"{type(layer).__name__} does not say how many features it maps to how many.")
+    return inputs, outputs
+
+
+def pattern_value(pattern: Mapping[str, Value], key: str, default: Value) -> Value:
+    """The value of the first ``rank_pattern`` or ``alpha_pattern`` entry that matches a module's name."""
+    return pattern.get(get_pattern_key(list(pattern), key), default)

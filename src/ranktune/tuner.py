@@ -1,0 +1,303 @@
+"""The PEFT host: `RankTuner` puts a `RankLayer` around each targeted module, one `LowRankUpdate` per adapter in it.
+
+PEFT resolves targets, injects, saves, loads and switches; these two classes say what is injected and what it computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import ranktune.methods  # noqa: F401  (registers every method, so that saved adapters of any of them load)
+from ranktune.config import RankConfig
+from ranktune.errors import ConfigError, did_you_mean
+from ranktune.peft_compat import PREFIX, feature_counts, pattern_value, register
+from ranktune.update import Base, LowRankUpdate
+
+logger = logging.getLogger("ranktune")
+
+
+class RankLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with any number of low-rank adapters.
+
+    Args:
+        base_layer: an ``nn.Linear``, a transformers ``Conv1D`` or a quantised linear layer that PEFT knows.
+        quantization: what PEFT's quantisation hooks need to know of the model.
+
+    Attributes:
+        r, scaling: adapter name to its rank and to the factor on ``B A``.
+        ranktune_update: adapter name to its tensors.
+    """
+
+    original_weight: Tensor | None
+
+    adapter_layer_names = ("ranktune_update",)
+    other_param_names = ("r", "scaling")
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
+        self.in_features, self.out_features = feature_counts(self.get_base_layer())
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.ranktune_update = nn.ModuleDict()
+        self.merged_adapters = []
+        self._disable_adapters = False
+        # The weight as it was before merging: the way back, and what every norm refers to. Moves with the module.
+        self.register_buffer("original_weight", None, persistent=False)
+
+    def update_layer(self, adapter_name: str, config: RankConfig, key: str) -> None:
+        """Add an adapter, or replace the one of that name.
+
+        Args:
+            adapter_name: its name on this model.
+            config: its configuration.
+            key: the module's name, which ``rank_pattern`` and ``alpha_pattern`` are matched against.
+        """
+        r = pattern_value(config.rank_pattern, key, config.r)
+        alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
+        update = LowRankUpdate(
+            self.in_features,
+            self.out_features,
+            r,
+            dropout=config.lora_dropout,
+            detach_norm=config.detach_norm,
+            dora_dropout=config.dora_dropout,
+        )
+        update.reset_parameters(identity=config.init_weights)
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = alpha / (r**0.5 if config.use_rslora else r)
+        self.ranktune_update[adapter_name] = update
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora:
+            # After the move: the norms are those of the factors as they will be used, and stay float32.
+            zero_rows = update.init_magnitude(self.frozen().weight, self.scaling[adapter_name])
+            if zero_rows:
+                logger.warning(
+                    "%s: %d rows of the weight are zero; their direction is undefined, so they start as plain LoRA.",
+                    key,
+                    zero_rows,
+                )
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def frozen(self) -> Base:
+        """The base layer's own weight [out, in], whether or not an adapter is merged into it, and its bias."""
+        layer = self.get_base_layer()
+        weight = self.original_weight if self.original_weight is not None else self._base_weight()
+        return Base(weight.T if isinstance(layer, Conv1D) else weight, cast("Tensor | None", layer.bias))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted output [..., out] for x [..., in]; further arguments go to the base layer."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        names = [] if self.merged else [name for name in self.active_adapters if name in self.ranktune_update]
+        if len(names) == 1 and not args and not kwargs and self._can_fuse():
+            return self.update_of(names[0])(x, self.frozen(), self.scaling[names[0]])
+        output = self.base_layer(x, *args, **kwargs)
+        if names and self.quantization_backend is not None:
+            output = self.quantization_backend.maybe_clone_base_result(output)
+        base_output = output
+        for name in names:
+            output = output + self.update_of(name).plain_delta(x, base_output, self.frozen, self.scaling[name])
+        return output
+
+    def _can_fuse(self) -> bool:
+        """Whether the fused op may stand in for the base layer's own forward.
+
+        It reads the weight and never calls the layer: nothing may hang on that call, and the weight must be an
+        ordinary frozen tensor. The compiler fuses the plain formula itself.
+        """
+        layer = self.base_layer
+        if torch.compiler.is_compiling() or type(layer) not in (nn.Linear, Conv1D) or self.quantization_backend:
+            return False
+        hooked = (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or "forward" in vars(layer)
+            or "_hf_hook" in vars(layer)
+        )
+        if hooked:
+            return False
+        weight, bias = self._weight, cast("Tensor | None", layer.bias)
+        return (
+            type(weight) in (nn.Parameter, Tensor)
+            and not weight.requires_grad
+            and (bias is None or not bias.requires_grad)
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weight: computed in float32 from the original weight and cast once.
+
+        The original is kept until `unmerge`, which therefore restores it bit for bit.
+
+        Args:
+            safe_merge: refuse, changing nothing, when the result is not finite.
+            adapter_names: which adapters; all active ones by default.
+
+        Raises:
+            ValueError: ``safe_merge`` found NaN or infinity.
+            ConfigError: the base is quantised.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.ranktune_update]
+        if not names:
+            return
+        if self.quantization_backend is not None:
+            raise ConfigError(
+                f"merging into a {self.quantization_backend.backend_name} weight would round the update away: load "
+                "the base model unquantised and merge there, or keep the adapter apart."
+            )
+        original = self._weight.data if self.original_weight is None else self.original_weight
+        merged = original
+        for name in (*self.merged_adapters, *names):
+            merged = merged + self._delta_weight(name)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.original_weight = original
+        self._weight.data = merged.to(original.dtype).contiguous()
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.original_weight is not None:
+            self._weight.data = self.original_weight
+        self.original_weight = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, in the base weight's layout and the adapter's dtype."""
+        return self._delta_weight(adapter).to(self.update_of(adapter).lora_A.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
+        """The update is additive, so PEFT can approximate it by a LoRA (exactly, unless weight-decomposed)."""
+        return True
+
+    def _delta_weight(self, name: str) -> Tensor:
+        with torch.no_grad():
+            delta = self.update_of(name).delta_weight(self.frozen().weight, self.scaling[name])
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def _update(self, name: str) -> LowRankUpdate:
+        return cast(LowRankUpdate, self.ranktune_update[adapter])
+
+    @property
+    def _weight(self) -> Tensor:
+        return cast(Tensor, self.get_base_layer().weight)
+
+    def _base_weight(self) -> Tensor:
+        """The base layer's weight, dequantised where PEFT knows how."""
+        return self._weight if self.quantization_backend is None else self.get_base_weight()
+
+    def __repr__(self) -> str:
+        return "ranktune." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class RankTuner(BaseTuner):
+    """PEFT's handle on a model with our adapters, whatever their methods."""
+
+    prefix = PREFIX
+    tuner_layer_cls = RankLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to every targeted module.
+
+        Raises:
+            ConfigError: an entry of ``target_modules`` matches nothing. PEFT accepts a list if any entry matches, and
+                a misspelt name would silently adapt less than was asked for.
+        """
+        refuse_unmatched_targets(cast(RankConfig, self.peft_config[adapter_name]), model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = cast(RankConfig, peft_config)
+        if isinstance(target, RankLayer):
+            target.update_layer(adapter_name, config, current_key)
+            return
+        quantization = get_quantization_kwargs(self)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, (nn.Linear, Conv1D)) and not resolve_quantization_backend(base, **quantization):
+            raise ConfigError(
+                f"target module {current_key!r} is a {type(base).__name__}: only torch.nn.Linear, transformers' Conv1D "
+                "and quantised linear layers can be adapted. Name its linear layers instead, or exclude it with "
+                "exclude_modules."
+            )
+        layer = RankLayer(target, **quantization)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT passes per-sample adapters here, and drops them silently where a tuner does not take them."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names (a different adapter per sample) is not supported by ranktune adapters: call "
+                "set_adapter and run the samples of each adapter as a batch of their own."
+            )
+        yield
+
+
+def refuse_unmatched_targets(config: RankConfig, model: nn.Module) -> None:
+    """Check that every entry of a ``target_modules`` list is the name, or the end of the name, of some module.
+
+    Raises:
+        ConfigError: an entry matches nothing; the message suggests the closest name.
+    """
+    if not isinstance(config.target_modules, (set, list)):
+        return
+    ends: set[str] = set()
+    for name, _ in model.named_modules():
+        parts = name.split(".")
+        ends.update(".".join(parts[start:]) for start in range(len(parts)))
+    unmatched = sorted(set(config.target_modules) - ends)
+    if unmatched:
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+        suggestions = "".join(did_you_mean(name, linear) for name in unmatched)
+        raise ConfigError(
+            f"target_modules {unmatched} match no module of the model.{suggestions} "
+            f"Its linear modules end in: {', '.join(sorted(linear))}."
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, RankLayer))
+
+
+register(RankTuner)
