@@ -199,7 +199,8 @@ class RankLayer(nn.Module, BaseTunerLayer):
             delta = self.update_of(name).delta_weight(self.frozen().weight, self.scaling[name])
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
-    def _update(self, name: str) -> LowRankUpdate:
+    def update_of(self, adapter: str) -> LowRankUpdate:
+        """The tensors of one adapter on this layer."""
         return cast(LowRankUpdate, self.ranktune_update[adapter])
 
     @property
@@ -242,7 +243,7 @@ class RankTuner(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
+        parameter_name: str | None = None,  # noqa: ARG002  (PEFT's signature)
     ) -> None:
         config = cast(RankConfig, peft_config)
         if isinstance(target, RankLayer):

@@ -13,7 +13,7 @@ takes norms per column; on PyTorch's [out, in] weights, and in the authors' code
 Where each part lives:
     section 3, equation 5, the forward pass     `ranktune.lowrank.low_rank_linear` (``offset`` is m / ||V|| - 1)
     the row norms, factored, and their floor     `ranktune.magnitude`
-    section 4.3, the norm held constant          ``detach_norm`` (equation 11 prints m C with C = ||V'||: m / C is meant)
+    section 4.3, the norm held constant          ``detach_norm`` (equation 11 prints m C, C = ||V'||; m / C is meant)
 
 What differs from the paper's code: the norm is never formed from a dense V; m, norms and gains are at least float32;
 a zero row of W has its norm floored, where 0 / 0 would be NaN, and then behaves like plain LoRA; with several adapters
