@@ -80,9 +80,7 @@ def complete_method(method: dict[str, Any], file: str) -> dict[str, Any]:
         ConfigError: the configuration class refuses a value.
     """
     config_class = method_class(method, file)
-    fields = {
-        field.name: field for field in dataclasses.fields(config_class) if field.name not in _SET_BY_THE_RUN
-    }
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.name not in _SET_BY_THE_RUN}
     for name in method:
         if name in fields or name == "name":
             continue
@@ -110,9 +108,7 @@ def method_class(method: dict[str, Any], file: str) -> type[RankConfig]:
 
     name = method.get("name")
     if not isinstance(name, str) or name not in METHODS:
-        missing = (
-            "'method.name' is missing." if name is None else f"unknown method {name!r} in 'method.name'."
-        )
+        missing = "'method.name' is missing." if name is None else f"unknown method {name!r} in 'method.name'."
         near = did_you_mean(name, METHODS) if isinstance(name, str) else ""
         raise RecipeError(f"{file}: {missing}{near} Methods: {', '.join(METHODS)}.")
     return METHODS[name]
@@ -137,8 +133,8 @@ def checked_trainer_fields(train: TrainRecipe, file: str) -> dict[str, Any]:
     Raises:
         RecipeError: an unknown name (with the closest known one), or a key that has its own place in a recipe.
     """
-    from transformers.training_args import OptimizerNames, TrainingArguments
     from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames, TrainingArguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in train.trainer:
@@ -151,16 +147,12 @@ def checked_trainer_fields(train: TrainRecipe, file: str) -> dict[str, Any]:
 
 def _check_trainer_field(name: str, known: set[str], file: str) -> None:
     if name in _FRIENDLY:
-        raise RecipeError(
-            f"{file}: 'train.trainer.{name}' has its own key in a recipe: set '{_FRIENDLY[name]}'."
-        )
+        raise RecipeError(f"{file}: 'train.trainer.{name}' has its own key in a recipe: set '{_FRIENDLY[name]}'.")
     if name in _DECIDED_BY_THE_RUN:
         raise RecipeError(f"{file}: 'train.trainer.{name}' is decided by the run itself; remove it.")
     if name not in known:
         near = did_you_mean(name, known).replace("'", "'train.trainer.", 1)
-        raise RecipeError(
-            f"{file}: unknown key 'train.trainer.{name}': TrainingArguments has no such field.{near}"
-        )
+        raise RecipeError(f"{file}: unknown key 'train.trainer.{name}': TrainingArguments has no such field.{near}")
 
 
 def _check_choice(key: str, value: str, known: list[str], file: str) -> None:

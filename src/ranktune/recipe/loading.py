@@ -102,9 +102,7 @@ def suggest_key(parts: list[str]) -> str:
     prefix = f"{section}." if section else ""
     if near := did_you_mean(word, known):
         return near.replace("'", f"'{prefix}", 1)
-    everywhere = {
-        name: f"{part}.{name}".lstrip(".") for part, model in SECTIONS.items() for name in model.model_fields
-    }
+    everywhere = {name: f"{part}.{name}".lstrip(".") for part, model in SECTIONS.items() for name in model.model_fields}
     if elsewhere := KNOWN_ELSEWHERE.get(word) or everywhere.get(word):
         return f" Did you mean '{elsewhere}'?"
     return f" Known keys: {', '.join(prefix + name for name in known)}." if known else ""

@@ -112,9 +112,7 @@ class TrainRecipe(Section):
     def _combinations(self) -> TrainRecipe:
         if self.early_stopping_patience is not None:
             if self.eval_every == "never":
-                raise ValueError(
-                    'early_stopping_patience needs evaluations: set eval_every to "epoch" or to steps'
-                )
+                raise ValueError('early_stopping_patience needs evaluations: set eval_every to "epoch" or to steps')
             if self.save_every != self.eval_every:
                 raise ValueError(
                     "early stopping returns to the best checkpoint, so checkpoints must be written when the model "

@@ -47,9 +47,7 @@ def _mapping(loader: _RecipeLoader, node: yaml.MappingNode, deep: bool = False) 
         if isinstance(key, (list, dict, set)):
             raise RecipeError(f"line {line}: a key must be a word, not {key!r}.")
         if key in seen:
-            raise RecipeError(
-                f"line {line}: the key '{key}' is already set on line {seen[key]}; keep one of the two."
-            )
+            raise RecipeError(f"line {line}: the key '{key}' is already set on line {seen[key]}; keep one of the two.")
         seen[key] = line
     return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
 

@@ -1,0 +1,216 @@
+"""The command line: `ranktune train`, `evaluate`, `plot`. Typer is its only heavy import until a command runs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ranktune.errors import RanktuneError
+
+app = typer.Typer(
+    name="ranktune",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a refusal.", rich_help_panel="Output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel="Output")]
+
+
+class SplitName(str, Enum):
+    """Which examples to score on."""
+
+    evaluation = "evaluation"
+    train = "train"
+
+
+def _refusals_are_messages(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what the user's input caused into one message on stderr and exit code 2; anything else stays a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, debug=debug, **kwargs)
+        except RanktuneError as error:
+            if debug:
+                traceback.print_exc()
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(EXIT_REFUSED) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+    return run
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import ranktune
+
+        typer.echo(f"ranktune {ranktune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def ranktune_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Fine-tune a model with low-rank adapters whose rank is chosen for you.
+
+    A run is described by one YAML file, the recipe:
+
+        model: all-minilm
+        method: {name: dora, r: 8}
+        train: {epochs: 3, learning_rate: 1e-3}
+        output: runs/first
+
+    and started with [bold]ranktune train recipe.yaml[/bold].
+    """
+
+
+@app.command()
+@_refusals_are_messages
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Recipe keys to set for this run, values as in YAML: train.epochs=1 'data.labels=[no, yes]'.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the complete recipe and the modules it would adapt; train nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that is already in the output directory.")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+) -> None:
+    """Train what a recipe describes, and score it before and after.
+
+    The output directory gets the adapter (load it with PEFT), metrics.json, ranks.json, log.jsonl, the complete
+    recipe and pictures. Mistakes in the recipe are refused, with exit code 2, before a model is loaded.
+
+    [bold]Examples[/bold]
+
+        ranktune train examples/quickstart.yaml
+
+        ranktune train my.yaml --dry-run
+
+        ranktune train my.yaml method.name=lora method.r=4 output=runs/lora-4
+    """
+    from rich.console import Console
+
+    from ranktune.recipe import load_recipe, recipe_text
+
+    loaded = load_recipe(recipe, overrides or [])
+    console = Console()
+    if dry_run:
+        from ranktune.report.tables import plan_table
+        from ranktune.training import rehearse
+
+        plan = rehearse(loaded, recipe)
+        console.print(recipe_text(loaded), markup=False, highlight=False, soft_wrap=True)
+        console.print(plan_table(plan))
+        return
+
+    from ranktune.report.tables import summary_table
+    from ranktune.run.display import showing
+    from ranktune.training import train as train_recipe
+
+    with showing(console, quiet) as display:
+        metrics = train_recipe(loaded, recipe, display, overwrite=overwrite)
+    if not quiet:
+        console.print(summary_table(metrics))
+        typer.echo(f"Saved in {loaded.output}. Score it again: ranktune evaluate {loaded.output}")
+
+
+@app.command()
+@_refusals_are_messages
+def evaluate(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A run's output directory.", show_default=False)],
+    split: Annotated[SplitName, typer.Option(help="Which examples to score on.")] = SplitName.evaluation,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the scores as JSON.", rich_help_panel="Output")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+) -> None:
+    """Score a finished run again, from its recipe, its adapter and the base model.
+
+    On the same machine and data this gives exactly the score that training ended with.
+
+    [bold]Examples[/bold]
+
+        ranktune evaluate runs/first
+
+        ranktune evaluate runs/first --split train --json
+    """
+    import json
+
+    from rich.console import Console
+
+    from ranktune.evaluation import evaluate as evaluate_run
+    from ranktune.report.tables import scores_table
+    from ranktune.run.display import showing
+
+    console = Console()
+    with showing(console, quiet or as_json) as display:
+        result = evaluate_run(output, display, split.value)
+    if not result.same_data:
+        typer.echo(
+            "warning: the data is not the data this run was trained and scored on (its fingerprint changed), "
+            "so the scores are not comparable with the run's own.",
+            err=True,
+        )
+    if as_json:
+        typer.echo(json.dumps({"metric": result.metric, "value": result.value, "scores": result.scores}))
+    elif not quiet:
+        console.print(scores_table(result))
+
+
+@app.command()
+@_refusals_are_messages
+def plot(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A run's output directory.", show_default=False)],
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+) -> None:
+    """Draw a run's pictures again from its log: loss, metric, and the rank of every module.
+
+    [bold]Example[/bold]
+
+        ranktune plot runs/first
+    """
+    from ranktune.report.plots import draw_run
+    from ranktune.run.directory import RunDirectory
+
+    for path in draw_run(RunDirectory(output)):
+        if not quiet:
+            typer.echo(str(path))
+
+
+def main() -> None:
+    """The `ranktune` command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

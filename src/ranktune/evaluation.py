@@ -1,0 +1,78 @@
+"""`ranktune evaluate` as a function: rebuild a finished run from its directory and score it again."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ranktune.recipe import load_recipe
+from ranktune.run.directory import RunDirectory
+from ranktune.run.display import Display, DisplayCallback
+from ranktune.run.events import scores_only
+from ranktune.run.model import pretrained, restored
+from ranktune.run.prepare import prepare
+from ranktune.run.session import build_trainer, libraries_quiet
+
+Split = Literal["evaluation", "train"]
+
+# What only training needs; scoring neither stops early nor writes checkpoints nor reports to trackers.
+_SCORING_ONLY = (
+    "train.early_stopping_patience=null",
+    "train.eval_every=never",
+    "train.save_every=never",
+    "train.lr_scheduler=linear",
+    "train.report_to=[]",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a finished run, and how they compare with what it recorded.
+
+    `same_data` is false when the data is not what the run was trained and scored on. `recorded` is the run's own
+    score after training, on the evaluation split only.
+    """
+
+    metric: str
+    scores: dict[str, float]
+    recorded: float | None
+    same_data: bool
+
+    @property
+    def value(self) -> float:
+        """The main metric."""
+        return self.scores[self.metric]
+
+
+def evaluate(output: Path, display: Display, split: Split = "evaluation") -> Evaluation:
+    """Score the run in `output` on one of its splits, from its recipe, its adapter and the base model.
+
+    Raises:
+        RecipeError: there is no finished run, or its recipe no longer works here.
+        DataError: its data is gone.
+    """
+    directory = RunDirectory(output)
+    recorded = directory.read_metrics()
+    recipe = load_recipe(directory.recipe, _SCORING_ONLY)
+    with libraries_quiet(), tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare(recipe, directory.recipe)
+        tokenizer = prepared.task.load_tokenizer(prepared.source.path, prepared.source.revision)
+        examples = prepared.data.evaluation if split == "evaluation" else prepared.data.train
+        trainer = build_trainer(
+            prepared,
+            restored(pretrained(prepared.source, prepared.task, recipe), directory.adapter),
+            tokenizer,
+            train=None,
+            evaluation=prepared.task.tokenize(examples, tokenizer),
+            checkpoints=Path(scratch),
+            callbacks=[DisplayCallback(display, metric=None)],
+        )
+        scores = scores_only(trainer.evaluate())
+    return Evaluation(
+        metric=prepared.task.metric,
+        scores=scores,
+        recorded=recorded["after"] if split == "evaluation" else None,
+        same_data=recorded["data"]["fingerprint"] == prepared.data.fingerprint,
+    )

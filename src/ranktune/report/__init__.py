@@ -1,0 +1,1 @@
+"""Pictures of a run, drawn from what it left in its directory."""

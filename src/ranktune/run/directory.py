@@ -1,0 +1,116 @@
+"""The output directory of a run: the names of its files, when it may be written, and reading it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranktune.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """`OUT` of the documentation. `metrics.json` is written last, so a run without it did not end."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / "ranks.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        return tuple(self.path / name for name in ("loss.png", "metric.png", "ranks.png"))
+
+    def contents(self) -> list[Path]:
+        """What a run has left here, finished or not; `metrics.json` first, so that removal begins with it."""
+        names = (self.metrics, self.adapter, self.ranks, self.log, self.recipe, self.checkpoints, *self.pictures)
+        return [name for name in names if name.exists()]
+
+    def refuse_unless_writable(self, overwrite: bool) -> None:
+        """Check that a run may be written here, changing nothing.
+
+        Raises:
+            RecipeError: the path is a file, cannot be written, or already holds a run and `overwrite` is false.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RecipeError(f"output: {self.path} is a file; name a folder.")
+        nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise RecipeError(f"output: {self.path} cannot be made: {nearest} is not a folder you may write in.")
+        if not overwrite and (found := self.contents()):
+            raise RecipeError(
+                f"output: {self.path} already holds a run ({found[0].name}). Choose another place with output=..., "
+                "or replace that run with --overwrite."
+            )
+
+    def start(self) -> None:
+        """Make the directory and remove what an earlier run left in it; other files stay."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for item in self.contents():
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The finished run's `metrics.json`.
+
+        Raises:
+            RecipeError: there is no finished run here.
+        """
+        return self._read_json(self.metrics)
+
+    def read_ranks(self) -> dict[str, Any]:
+        """The finished run's `ranks.json`."""
+        return self._read_json(self.ranks)
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """The events of `log.jsonl`; a last line torn by a crash is left out."""
+        self._require(self.log)
+        events = []
+        for number, line in enumerate(self.log.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number == len(events) + 1 and not self.metrics.exists():
+                    break
+                raise RecipeError(f"{self.log}, line {number} is not JSON: {error}.") from error
+        return events
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        self._require(path)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not JSON: {error}. Was it edited by hand?") from error
+
+    def _require(self, path: Path) -> None:
+        if path.exists():
+            return
+        if not self.path.is_dir():
+            raise RecipeError(f"there is no directory {self.path}; give the `output` of a finished `ranktune train`.")
+        if self.contents():
+            raise RecipeError(f"the run in {self.path} did not finish: it has no {path.name}. Train it again.")
+        raise RecipeError(f"{self.path} holds no run: it has no {path.name}.")

@@ -1,0 +1,87 @@
+"""Building the model of a run: a skeleton without weights to check a recipe on, and the real one to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import peft
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    set_seed,
+)
+
+from ranktune.config import RankConfig
+from ranktune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from peft import PeftMixedModel, PeftModel
+    from transformers import PreTrainedModel
+
+    from ranktune.recipe import Recipe
+    from ranktune.tasks import Data, Task
+    from ranktune.tasks.models import ModelSource
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTO_CLASSES = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+}
+# PEFT trains and saves a classifier's new head under these names.
+_CLASSIFIER_HEADS = ("classifier", "score")
+
+
+def skeleton(source: ModelSource, task: Task, data: Data) -> nn.Module:
+    """The task's model from its configuration alone, on the meta device: every module's name and shape, no storage.
+
+    Raises:
+        RecipeError: the configuration cannot be found or read, or its architecture does not fit the task.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision or "main")
+        if data.labels is not None or task.peft_task_type == "SEQ_CLS":
+            config.num_labels = len(data.labels or ["score"])
+        with torch.device("meta"):
+            return _AUTO_CLASSES[task.peft_task_type].from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"model: '{source.name}' cannot be used for {task.name}: {error}") from error
+
+
+def pretrained(source: ModelSource, task: Task, recipe: Recipe) -> PreTrainedModel:
+    """The base model with its weights, seeded first because a new head is random."""
+    set_seed(recipe.train.seed)
+    try:
+        model = task.load_model(source.path, dtype=_DTYPES[recipe.train.base_dtype], revision=source.revision)
+    except OSError as error:
+        raise RecipeError(f"model: the weights of '{source.name}' cannot be loaded: {error}") from error
+    _keep_trained_modules_in_float32(model, _modules_trained_in_full(recipe, task))
+    return model
+
+
+def adapted(base: PreTrainedModel, config: RankConfig, seed: int) -> PeftModel | PeftMixedModel:
+    """The base model with a fresh adapter on it, seeded by itself so that it does not depend on the base's head."""
+    set_seed(seed)
+    return peft.get_peft_model(base, config)
+
+
+def restored(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The base model with a saved adapter on it, ready to be evaluated."""
+    return peft.PeftModel.from_pretrained(base, str(adapter))
+
+
+def _modules_trained_in_full(recipe: Recipe, task: Task) -> list[str]:
+    heads = list(_CLASSIFIER_HEADS) if task.peft_task_type == "SEQ_CLS" else []
+    return [*heads, *(task.head_modules or []), *(recipe.method.get("modules_to_save") or [])]
+
+
+def _keep_trained_modules_in_float32(model: nn.Module, names: list[str]) -> None:
+    """A half-precision base is frozen, but what is trained beside the adapter would lose its small steps in it."""
+    for name, module in model.named_modules():
+        if any(name == end or name.endswith(f".{end}") for end in names):
+            module.float()

@@ -1,0 +1,50 @@
+"""Everything about a run that can be known, and refused, before the model's weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranktune.config import RankConfig
+from ranktune.recipe import Recipe
+from ranktune.recipe.choices import method_config
+from ranktune.run.model import skeleton
+from ranktune.run.targets import check_targets
+from ranktune.tasks import Data, Task, build_task, check_source, load_data
+from ranktune.tasks.models import ModelSource, resolve_model
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked recipe, where its model is, its data, its task, and the method's configuration."""
+
+    recipe: Recipe
+    source: ModelSource
+    data: Data
+    task: Task
+    config: RankConfig
+
+
+def prepare(recipe: Recipe, file: str | Path) -> Prepared:
+    """Find the model, load the data, and check the method's module names on a model without weights.
+
+    Raises:
+        RecipeError: the model cannot be found, or a module name matches nothing in it.
+        DataError: the data is missing or does not fit the task.
+        ConfigError: the method refuses its fields.
+    """
+    check_source(recipe.data)
+    source = resolve_model(recipe.model)
+    data = load_data(recipe.data, recipe.train.seed)
+    task = build_task(recipe.data, data)
+    config = method_config(_with_new_head(recipe.method, task), str(file), task_type=task.peft_task_type)
+    check_targets(config, skeleton(source, task, data))
+    return Prepared(recipe, source, data, task, config)
+
+
+def _with_new_head(method: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The task's own new modules are trained and saved with the adapter."""
+    if not task.head_modules:
+        return method
+    return {**method, "modules_to_save": [*(method.get("modules_to_save") or []), *task.head_modules]}

@@ -1,0 +1,62 @@
+"""A Trainer built from a prepared run: the same one scores before and after training, and in `ranktune evaluate`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from ranktune.run.arguments import training_arguments
+from ranktune.run.prepare import Prepared
+from ranktune.run.trainer import trainer_class
+
+
+def build_trainer(
+    prepared: Prepared,
+    model: Any,
+    tokenizer: Any,
+    *,
+    train: datasets.Dataset | None,
+    evaluation: datasets.Dataset,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    """The task's Trainer on tokenised data, silent but for `callbacks`."""
+    task, recipe = prepared.task, prepared.recipe
+    trainer = trainer_class(task.trainer_class)(
+        model=model,
+        args=training_arguments(recipe.train, task, checkpoints, Path(recipe.output).name),
+        data_collator=task.collator(tokenizer, model.get_base_model()),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """Silence inside the block what transformers says about itself: bars, advice, a new head's missing weights."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks a model for its old name of this property; nothing a user could change.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,122 @@
+"""Which modules a recipe would adapt, found on a model without weights, and refusals of names that match nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import peft
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import ranktune
+from ranktune.config import RankConfig
+from ranktune.errors import RecipeError, did_you_mean
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One module that would be adapted: its name, weight shape [out, in], rank, and adapter parameters."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would train. `other` counts trainable parameters outside the adapter (a new head)."""
+
+    modules: list[PlannedModule]
+    adapter: int
+    other: int
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        return self.adapter + self.other
+
+
+def adaptable_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that an adapter can sit on."""
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def check_targets(config: RankConfig, model: nn.Module) -> None:
+    """Refuse names in the method's section that match no module of the model; every list entry must match.
+
+    Raises:
+        RecipeError: naming the entry, the closest module name, and the names there are.
+    """
+    linear = adaptable_modules(model)
+    everything = [name for name, _ in model.named_modules() if name]
+    if config.target_modules != "all-linear":
+        _check_names("target_modules", config.target_modules, linear, everything)
+    _check_names("exclude_modules", config.exclude_modules, everything, everything)
+    _check_names("modules_to_save", config.modules_to_save, everything, everything)
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in linear):
+                raise RecipeError(_no_match(field, pattern, linear, everything))
+
+
+def _check_names(field: str, names: Iterable[str] | str | None, known: list[str], everything: list[str]) -> None:
+    if isinstance(names, str):
+        try:
+            pattern = re.compile(names)
+        except re.error as error:
+            raise RecipeError(f"'method.{field}' is {names!r}, not a regular expression: {error}.") from error
+        if not any(pattern.fullmatch(name) for name in known):
+            short = did_you_mean(names, _ends(known))
+            raise RecipeError(
+                f"'method.{field}' is the text {names!r}, a regular expression that must match a whole module name, "
+                f"and it matches none.{short} For names by their ends, write a list: [{', '.join(_ends(known)[:3])}]."
+            )
+        return
+    for name in sorted(names or ()):
+        if not any(full == name or full.endswith(f".{name}") for full in known):
+            raise RecipeError(_no_match(field, name, known, everything))
+
+
+def _no_match(field: str, name: str, known: list[str], everything: list[str]) -> str:
+    ends = _ends(known)
+    if any(full == name or full.endswith(f".{name}") for full in everything):
+        return (
+            f"'method.{field}' names '{name}', which is no linear layer and cannot be adapted. "
+            f"Linear layers of this model end in: {', '.join(ends)}."
+        )
+    near = did_you_mean(name, ends) or did_you_mean(name, known)
+    return f"'method.{field}' names '{name}', which no module of this model is called.{near} Names end in: " + (
+        ", ".join(ends[:20]) + ("..." if len(ends) > 20 else ".")
+    )
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    """The last parts of dotted names, each once, in order of appearance."""
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+
+
+def plan(config: RankConfig, build: Callable[[], nn.Module]) -> Plan:
+    """Put the adapter on a model without storage and read off what it would train."""
+    with torch.device("meta"):
+        base = build()
+        total = sum(parameter.numel() for parameter in base.parameters())
+        shapes = {name: _shape(base.get_submodule(name)) for name in adaptable_modules(base)}
+        model = peft.get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
+    ranks = ranktune.ranks(model)
+    tuned = dict(model.base_model.model.named_modules())
+    modules = [PlannedModule(name, shapes[name], rank, _trainable(tuned[name])) for name, rank in ranks.items()]
+    adapter = sum(module.parameters for module in modules)
+    return Plan(modules, adapter, _trainable(model) - adapter, total)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = module.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def _trainable(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,0 +1,157 @@
+"""`ranktune train` as a function: check everything, load the model, score, train, score again, save."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftMixedModel, PeftModel
+from transformers import EarlyStoppingCallback, Trainer, set_seed
+
+import ranktune
+from ranktune.recipe import Recipe, recipe_text
+from ranktune.report.plots import draw_run
+from ranktune.run import atomic
+from ranktune.run.directory import RunDirectory
+from ranktune.run.display import Display, DisplayCallback
+from ranktune.run.events import EventCallback, EventLog, scores_only
+from ranktune.run.memory import PeakMemory
+from ranktune.run.model import adapted, pretrained, skeleton
+from ranktune.run.prepare import Prepared, prepare
+from ranktune.run.session import build_trainer, libraries_quiet
+from ranktune.run.targets import Plan, plan
+
+_VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool = False) -> dict[str, Any]:
+    """Train what the recipe says and leave the result in its output directory.
+
+    Args:
+        recipe: as `load_recipe` returns it.
+        file: the recipe's file, for messages.
+        display: where progress is shown.
+        overwrite: replace a run that is already in the output directory, once the new one is ready to start.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        RecipeError, DataError, ConfigError: something in the recipe cannot work; nothing was written.
+    """
+    directory = RunDirectory(Path(recipe.output))
+    directory.refuse_unless_writable(overwrite)
+    with libraries_quiet():
+        prepared = prepare(recipe, file)
+        display.say(prepared.data.description)
+        return _run(prepared, directory, display)
+
+
+def rehearse(recipe: Recipe, file: str | Path) -> Plan:
+    """Check a recipe as `train` does, and tell what it would adapt; loads no weights and writes nothing.
+
+    Raises:
+        RecipeError, DataError, ConfigError: something in the recipe cannot work.
+    """
+    with libraries_quiet():
+        prepared = prepare(recipe, file)
+        return plan(prepared.config, lambda: skeleton(prepared.source, prepared.task, prepared.data))
+
+
+def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[str, Any]:
+    recipe, task = prepared.recipe, prepared.task
+    memory = PeakMemory()
+    tokenizer = task.load_tokenizer(prepared.source.path, prepared.source.revision)
+    examples = (
+        task.tokenize(prepared.data.train, tokenizer),
+        task.tokenize(prepared.data.evaluation, tokenizer),
+    )
+    model = adapted(pretrained(prepared.source, task, recipe), prepared.config, recipe.train.seed)
+    directory.start()
+    atomic.write_text(directory.recipe, recipe_text(recipe))
+    with EventLog(directory.log) as log:
+        events = EventCallback(log)
+        callbacks = [events, DisplayCallback(display, task.metric)]
+        if (patience := recipe.train.early_stopping_patience) is not None:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
+        trainer = build_trainer(
+            prepared,
+            model,
+            tokenizer,
+            train=examples[0],
+            evaluation=examples[1],
+            checkpoints=directory.checkpoints,
+            callbacks=callbacks,
+        )
+        log.write(
+            "start",
+            method=recipe.method["name"],
+            model=prepared.source.name,
+            task=task.name,
+            metric=task.metric,
+            seed=recipe.train.seed,
+            data=prepared.data.description,
+        )
+        before = scores_only(trainer.evaluate())
+        # Scoring draws random numbers too (the loader's seeds): training must not depend on how often it was done.
+        set_seed(recipe.train.seed)
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+        after = _final_scores(trainer, events)
+        log.write("end", step=trainer.state.global_step, seconds=seconds)
+    atomic.write_folder(directory.adapter, lambda folder: model.save_pretrained(str(folder)))
+    atomic.write_json(directory.ranks, {"final": ranktune.ranks(model), "history": []})
+    draw_run(directory)
+    metrics = {
+        "method": recipe.method["name"],
+        "task": task.name,
+        "metric": task.metric,
+        "before": before[task.metric],
+        "after": after[task.metric],
+        **_sizes(model),
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "samples_per_second": _examples_seen(trainer) / seconds,
+        "peak_memory_mb": memory.megabytes(),
+        "peak_memory_kind": memory.kind,
+        "adapter_bytes": sum(file.stat().st_size for file in directory.adapter.glob("*.safetensors")),
+        "seed": recipe.train.seed,
+        "scores": {"before": before, "after": after},
+        "model": prepared.source.name,
+        "data": {"description": prepared.data.description, "fingerprint": prepared.data.fingerprint},
+        "versions": {
+            "python": platform.python_version(),
+            "ranktune": ranktune.__version__,
+            **{package: version(package) for package in _VERSIONED},
+        },
+    }
+    atomic.write_json(directory.metrics, metrics)
+    return atomic.finite(metrics)
+
+
+def _final_scores(trainer: Trainer, events: EventCallback) -> dict[str, float]:
+    """The scores of the model as it is now; an evaluation after the very last step is not repeated."""
+    unchanged = not trainer.args.load_best_model_at_end
+    if unchanged and events.latest_scores_step == trainer.state.global_step:
+        return events.latest_scores
+    return scores_only(trainer.evaluate())
+
+
+def _examples_seen(trainer: Trainer) -> int:
+    args = trainer.args
+    return trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _sizes(model: PeftModel | PeftMixedModel) -> dict[str, int]:
+    """Parameter counts and the total rank. `total_params` is the model with its adapter."""
+    parameters = list(model.parameters())
+    return {
+        "trainable_params": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "active_params": ranktune.active_parameters(model),
+        "total_params": sum(parameter.numel() for parameter in parameters),
+        "total_rank": ranktune.total_rank(model),
+    }
