@@ -1,0 +1,67 @@
+"""From a recipe's data section to two clean splits whose columns are named by role."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ranktune.tasks.base import Data
+from ranktune.tasks.examples import label_splits, take_roles
+from ranktune.tasks.quiet import quiet_datasets
+from ranktune.tasks.roles import choose_task
+from ranktune.tasks.sources import check_place, load_source
+from ranktune.tasks.splits import fingerprint, sample, split_off
+from ranktune.tasks.vocabulary import check_words
+
+if TYPE_CHECKING:
+    import datasets
+
+    from ranktune.recipe import DataRecipe
+
+_EVALUATION_SEED = 0  # every run scores itself on the same sample, whatever seed it trains with
+
+
+def check_source(recipe: DataRecipe) -> None:
+    """Check what can be checked without reading the examples: words, files, formats, a csv file's columns.
+
+    Raises RecipeError for an unknown task, role or metric, DataError for a missing or unusable file or
+    column.
+    """
+    check_words(recipe.task, recipe.columns, recipe.metric)
+    check_place(recipe)
+
+
+def load_data(recipe: DataRecipe, seed: int) -> Data:
+    """Load, check and split the examples; `seed` only draws the sample of `max_train_examples`.
+
+    Raises DataError, naming the row or column, for anything missing, empty or contradictory; rows are never
+    dropped.
+    """
+    check_source(recipe)
+    with quiet_datasets():
+        raw = load_source(recipe)
+        task, roles = choose_task(recipe.task, recipe.columns, raw.train.column_names, raw.train.__getitem__)
+        check_words(task, recipe.columns, recipe.metric)
+        train = take_roles(raw.train, roles, task, "train")
+        if raw.evaluation is None:
+            kept, held_out = split_off(_inputs(train), recipe.evaluation_fraction)
+            train, evaluation = train.select(kept), train.select(held_out)
+        else:
+            evaluation = take_roles(raw.evaluation, roles, task, "evaluation")
+        train, evaluation, labels = label_splits(train, evaluation, task, recipe.labels)
+        train = sample(train, recipe.max_train_examples, seed)
+        evaluation = sample(evaluation, recipe.max_eval_examples, _EVALUATION_SEED)
+        classes = f" in {len(labels)} classes" if labels else ""
+        return Data(
+            train=train,
+            evaluation=evaluation,
+            task=task,
+            labels=labels,
+            description=f"{raw.origin}: {task}{classes}, {len(train):,} to train, {len(evaluation):,} to evaluate",
+            fingerprint=fingerprint([train, evaluation]),
+        )
+
+
+def _inputs(dataset: datasets.Dataset) -> list[str]:
+    """What a model reads of every example, as one text: equal inputs must not be in both splits."""
+    columns = [dataset[role] for role in dataset.column_names if role not in ("label", "target", "completion")]
+    return ["\0".join(cells) for cells in zip(*columns, strict=True)]

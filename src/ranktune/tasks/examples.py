@@ -1,0 +1,97 @@
+"""Check the examples of a split row by row, and turn their labels into numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+
+from ranktune.errors import DataError
+from ranktune.tasks.labels import class_names, class_numbers, measurements
+from ranktune.tasks.roles import check_columns
+
+
+def take_roles(dataset: datasets.Dataset, roles: Mapping[str, str], task: str, split: str) -> datasets.Dataset:
+    """Return the split with only the columns that play a role, named by it, their texts checked.
+
+    Raises DataError, with the row, for a text that is missing, empty or no text. A plain corpus may have
+    empty rows: they are the blank lines between its paragraphs.
+    """
+    check_columns(roles, dataset.column_names, f" in the {split} split")
+    if len(dataset) == 0:
+        raise DataError(f"data.{split}: the {split} split has no examples.")
+    chosen = dataset.select_columns(list(roles.values())).rename_columns(
+        {column: role for role, column in roles.items() if column != role}
+    )
+    for role, column in roles.items():
+        if role == "label":
+            continue
+        may_be_empty = task == "causal-lm" and role == "text"
+        for row, value in enumerate(chosen[role], start=1):
+            _check_text(value, row, column, split, may_be_empty=may_be_empty)
+    return chosen
+
+
+def label_splits(
+    train: datasets.Dataset, evaluation: datasets.Dataset, task: str, order: Sequence[str] | None
+) -> tuple[datasets.Dataset, datasets.Dataset, list[str] | None]:
+    """Return both splits with numbers as labels, and the class names for classification.
+
+    Raises DataError for an unusable label, and for a class in the evaluation split that training does not
+    have.
+    """
+    if order is not None and task != "classification":
+        raise DataError(f"data.labels: only classification has classes; the task is '{task}'.")
+    if task == "classification":
+        found, held_out = label_values(train), label_values(evaluation)
+        names = class_names(found, order or _class_order(train), "train")
+        classes = datasets.Value("int64")
+        return (
+            _with_labels(train, class_numbers(found, names, "train"), classes),
+            _with_labels(evaluation, class_numbers(held_out, names, "evaluation"), classes),
+            names,
+        )
+    if task == "regression":
+        number = datasets.Value("float32")
+        return (
+            _with_labels(train, measurements(train["label"], "train"), number),
+            _with_labels(evaluation, measurements(evaluation["label"], "evaluation"), number),
+            None,
+        )
+    return train, evaluation, None
+
+
+def label_values(dataset: datasets.Dataset) -> list[Any]:
+    """Return the labels as their source means them.
+
+    The hub's class numbers by name, its -1 (hidden) as missing.
+    """
+    feature = dataset.features["label"]
+    values = list(dataset["label"])
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    return values
+
+
+def _class_order(train: datasets.Dataset) -> list[str] | None:
+    """The order that a data set of the hub declares: scores like F1 depend on which class is the second."""
+    feature = train.features["label"]
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _check_text(value: Any, row: int, column: str, split: str, *, may_be_empty: bool) -> None:
+    where = f"row {row} of the {split} split"
+    if value is None:
+        raise DataError(f"data: {where} has nothing in the column '{column}'. Fill it or remove the row.")
+    if not isinstance(value, str):
+        raise DataError(
+            f"data: {where} has a {type(value).__name__} in the column '{column}', which should hold text. "
+            "Choose another column in data.columns."
+        )
+    if not may_be_empty and not value.strip():
+        raise DataError(f"data: {where} has an empty text in the column '{column}'. Fill it or remove the row.")
+
+
+def _with_labels(dataset: datasets.Dataset, labels: Sequence[float], kind: datasets.Value) -> datasets.Dataset:
+    return dataset.remove_columns("label").add_column("label", list(labels), feature=kind)

@@ -1,0 +1,29 @@
+"""Run a tokenizer over a data set, quietly and without leaving cache files that could be stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ranktune.tasks.quiet import quiet_datasets
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def map_examples(
+    dataset: datasets.Dataset, encode: Callable[[dict[str, list[Any]]], dict[str, Any]]
+) -> datasets.Dataset:
+    """Return `encode` applied to batches of rows (column -> values), with the original columns dropped.
+
+    Nothing is read from or written to the cache of `datasets`: its key is a pickle of the tokenizer, whose
+    state changes as it is used.
+    """
+    with quiet_datasets():
+        return dataset.map(
+            encode,
+            batched=True,
+            remove_columns=dataset.column_names,
+            keep_in_memory=True,
+            load_from_cache_file=False,
+        )
