@@ -39,13 +39,17 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> tuple[d
 def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, text: str) -> None:
     section = values
     for depth, part in enumerate(path[:-1], start=1):
-        inner = section.get(part)
-        if part == "method" and depth == 1 and isinstance(inner, str):
-            inner = {"name": inner}  # the short form `method: dora` opens up when one of its fields is set
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise RecipeError(f"'{text}': {'.'.join(path[:depth])} is {inner!r}, which has no keys inside.")
-        section[part] = inner
-        section = inner
+        section[part] = _opened(section.get(part), path[:depth], text)
+        section = section[part]
     section[path[-1]] = value
+
+
+def _opened(inner: Any, path: tuple[str, ...], text: str) -> dict[str, Any]:
+    """The section at `path`, to set a key in: a missing one is empty, and `method: dora` opens up to its long form."""
+    if inner is None:
+        return {}
+    if isinstance(inner, str) and path == ("method",):
+        return {"name": inner}
+    if not isinstance(inner, dict):
+        raise RecipeError(f"'{text}': {'.'.join(path)} is {inner!r}, which has no keys inside.")
+    return inner

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import transformers
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import DataCollator, PrinterCallback, Trainer, TrainerCallback
 
 from ranktune.run.arguments import training_arguments
 from ranktune.run.prepare import Prepared
@@ -32,7 +32,7 @@ def build_trainer(
     trainer = trainer_class(task.trainer_class)(
         model=model,
         args=training_arguments(recipe.train, task, checkpoints, Path(recipe.output).name),
-        data_collator=task.collator(tokenizer, model.get_base_model()),
+        data_collator=cast(DataCollator, task.collator(tokenizer, model.get_base_model())),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import peft
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import ranktune
+from ranktune.adapters import updates
 from ranktune.config import RankConfig
 from ranktune.errors import RecipeError, did_you_mean
 
@@ -106,15 +107,14 @@ def plan(config: RankConfig, build: Callable[[], nn.Module]) -> Plan:
         total = sum(parameter.numel() for parameter in base.parameters())
         shapes = {name: _shape(base.get_submodule(name)) for name in adaptable_modules(base)}
         model = peft.get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
-    ranks = ranktune.ranks(model)
-    tuned = dict(model.base_model.model.named_modules())
-    modules = [PlannedModule(name, shapes[name], rank, _trainable(tuned[name])) for name, rank in ranks.items()]
+    modules = [PlannedModule(name, shapes[name], update.rank, _trainable(update)) for name, update in updates(model)]
     adapter = sum(module.parameters for module in modules)
     return Plan(modules, adapter, _trainable(model) - adapter, total)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    weight = cast(torch.Tensor, module.weight)
+    rows, columns = weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
