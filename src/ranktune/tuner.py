@@ -84,7 +84,7 @@ class RankLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = r
         self.scaling[adapter_name] = alpha / (r**0.5 if config.use_rslora else r)
         self.ranktune_update[adapter_name] = update
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name)
         if config.use_dora:
             # After the move: the norms are those of the factors as they will be used, and stay float32.
             zero_rows = update.init_magnitude(self.frozen().weight, self.scaling[adapter_name])
@@ -95,6 +95,17 @@ class RankLayer(nn.Module, BaseTunerLayer):
                     zero_rows,
                 )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter that was just loaded, without casting it.
+
+        PEFT casts to the base's dtype and back to float32 here, which would round what the file holds to bfloat16.
+        """
+        if adapter_name not in self.ranktune_update:
+            return
+        update = self.update_of(adapter_name)
+        if not any(parameter.is_meta for parameter in update.parameters()):
+            update.to(self._weight.device if device is None else device)
 
     def frozen(self) -> Base:
         """The base layer's own weight [out, in], whether or not an adapter is merged into it, and its bias."""

@@ -9,33 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ranktune.lowrank import low_rank_linear
-from ranktune.magnitude import gain_offset, has_small_gain, norm_dtype, row_norms, squared_row_norms
-
-
-class _OptimizerClock:
-    """Counts optimizer steps in this process, of any optimizer.
-
-    Fused optimizers write parameters without raising their version counters, so a version alone cannot tell whether
-    a norm is stale.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        register_optimizer_step_post_hook(self._tick)
-
-    def _tick(self, *_: Any) -> None:
-        self.steps += 1
-
-
-_CLOCK = _OptimizerClock()
+from ranktune.magnitude import gain_offset, has_small_gain, norm_dtype, row_norms
+from ranktune.norm_cache import NormCache
 
 
 @dataclass(frozen=True)
@@ -49,76 +31,6 @@ class Base:
 
     weight: Tensor
     bias: Tensor | None
-
-
-@dataclass
-class _Snapshot:
-    """What a cached norm was computed from: cheap marks of each tensor, and copies of the small ones on the CPU."""
-
-    marks: tuple[object, ...]
-    copies: tuple[Tensor, ...]
-
-
-class _NormCache:
-    """The row norms of one update, valid while weight, A, B and scale are what they were.
-
-    A mark is (data pointer, version, optimizer clock). Writes through ``.data`` outside an optimizer leave all three
-    alone; on the CPU, where reading a tensor costs no synchronisation, A and B are compared by value as well.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self._weight_mark: object = None
-        self._squared: Tensor | None = None
-        self._snapshot: _Snapshot | None = None
-        self._norms: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _NormCache:
-        return _NormCache()
-
-    def __reduce__(self) -> tuple[type[_NormCache], tuple[()]]:
-        return (_NormCache, ())
-
-    def squared(self, weight: Tensor) -> Tensor:
-        """``||W_j||^2`` [out], recomputed when the weight has changed."""
-        if not _cacheable(weight):
-            return squared_row_norms(weight.detach())
-        mark = _mark(weight, follows_optimizer=weight.requires_grad)
-        if self._squared is None or self._weight_mark != mark:
-            self._squared, self._weight_mark = squared_row_norms(weight.detach()), mark
-        return self._squared
-
-    def norms(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """``||W_j + s (B A)_j||`` [out], detached."""
-        squared = self.squared(weight)
-        with torch.no_grad():
-            if not _cacheable(weight, A, B):
-                return row_norms(weight, squared, A, B, scale, guard=not torch.compiler.is_compiling())
-            marks = (_mark(A, True), _mark(B, True), self._weight_mark, scale)
-            found = self._snapshot
-            same = found is not None and found.marks == marks
-            if same and found is not None:
-                same = all(torch.equal(copy, now) for copy, now in zip(found.copies, (A, B), strict=False))
-            if not same or self._norms is None:
-                self._norms = row_norms(weight, squared, A, B, scale)
-                copies = (A.detach().clone(), B.detach().clone()) if A.device.type == "cpu" else ()
-                self._snapshot = _Snapshot(marks, copies)
-            return self._norms
-
-
-def _cacheable(*tensors: Tensor) -> bool:
-    """Whether the tensors have version counters, and the result may outlive this call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or any(tensor.is_inference() for tensor in tensors)
-    )
-
-
-def _mark(tensor: Tensor, follows_optimizer: bool) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tensor._version, tensor.dtype, _CLOCK.steps if follows_optimizer else None)
 
 
 class LowRankUpdate(nn.Module):
@@ -158,7 +70,7 @@ class LowRankUpdate(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, r))
         self.register_parameter("lora_magnitude_vector", None)
-        self._cache = _NormCache()
+        self._cache = NormCache()
 
     @property
     def rank(self) -> int:

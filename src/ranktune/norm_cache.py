@@ -1,0 +1,105 @@
+"""Row norms kept while nothing they depend on has changed: in evaluation, accumulation, checkpoint recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ranktune.magnitude import row_norms, squared_row_norms
+
+
+class _OptimizerClock:
+    """Counts optimizer steps in this process, of any optimizer.
+
+    Fused optimizers write parameters without raising their version counters, so a version alone cannot tell whether
+    a norm is stale.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        register_optimizer_step_post_hook(self._tick)
+
+    def _tick(self, *_: Any) -> None:
+        self.steps += 1
+
+
+_CLOCK = _OptimizerClock()
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """Norms, what they were computed from, and copies of A and B where comparing them by value is cheap."""
+
+    norms: Tensor
+    marks: tuple[object, ...]
+    copies: tuple[Tensor, ...]
+
+    def holds_for(self, marks: tuple[object, ...], *factors: Tensor) -> bool:
+        return self.marks == marks and all(map(torch.equal, self.copies, factors))
+
+
+class NormCache:
+    """The row norms of one update, valid while weight, A, B and scale are what they were.
+
+    A mark is the tensor's storage, its version and the optimizer clock; the storage is held by a weak reference, so
+    that its address cannot come back as another tensor's. Writes through ``.data`` outside an optimizer leave all three
+    alone: on the CPU, where reading a tensor costs no synchronisation, A and B are compared by value as well.
+
+    Copies and pickles are empty: a cache belongs to the tensors it was computed from.
+    """
+
+    def __init__(self) -> None:
+        self._weight_mark: object = None
+        self._squared: Tensor | None = None
+        self._cached: _Cached | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
+        return NormCache()
+
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
+        return (NormCache, ())
+
+    def squared(self, weight: Tensor) -> Tensor:
+        """``||W_j||^2`` [out], recomputed when the weight has changed."""
+        if not _cacheable(weight):
+            return squared_row_norms(weight.detach())
+        mark = _mark(weight, follows_optimizer=weight.requires_grad)
+        if self._squared is None or self._weight_mark != mark:
+            self._squared, self._weight_mark = squared_row_norms(weight.detach()), mark
+        return self._squared
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """``||W_j + s (B A)_j||`` [out], without history."""
+        squared = self.squared(weight)
+        if not _cacheable(weight, A, B):
+            return row_norms(weight, squared, A, B, scale, guard=not torch.compiler.is_compiling())
+        marks = (self._weight_mark, _mark(A, follows_optimizer=True), _mark(B, follows_optimizer=True), scale)
+        if self._cached is None or not self._cached.holds_for(marks, A, B):
+            copies = (A.detach().clone(), B.detach().clone()) if A.device.type == "cpu" else ()
+            self._cached = _Cached(row_norms(weight, squared, A, B, scale), marks, copies)
+        return self._cached.norms
+
+
+def _cacheable(*tensors: Tensor) -> bool:
+    """Whether the tensors have version counters, and the result may outlive this call."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or any(tensor.is_inference() for tensor in tensors)
+    )
+
+
+def _mark(tensor: Tensor, follows_optimizer: bool) -> tuple[object, ...]:
+    return (
+        StorageWeakRef(tensor.untyped_storage()),
+        tensor.data_ptr(),
+        tensor._version,
+        tensor.dtype,
+        _CLOCK.steps if follows_optimizer else None,
+    )

@@ -1,0 +1,156 @@
+"""The fused low-rank op against the same formula composed from stock operators in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ranktune.lowrank import low_rank_linear
+
+IN, OUT, RANK, SCALE = 7, 5, 3, 0.7
+
+
+def operands(bias: bool, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, requires_grad: bool = True) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_(requires_grad)
+
+    return {
+        "x": draw(2, 4, IN),
+        "weight": draw(OUT, IN, requires_grad=False),
+        "bias": draw(OUT, requires_grad=False) if bias else None,
+        "A": draw(RANK, IN),
+        "B": draw(OUT, RANK),
+        "offset": draw(OUT).detach().mul(0.3).requires_grad_(),
+    }
+
+
+def composed(x, weight, bias, A, B, offset, dropped, drop_base_path):
+    """``W x + o W d(x) + (1 + o) s B A d(x) + bias``, the definition."""
+    low_rank = SCALE * F.linear(F.linear(dropped, A), B)
+    gained = F.linear(dropped if drop_base_path else x, weight)
+    return F.linear(x, weight, bias) + low_rank + offset * (gained + low_rank)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("drop_base_path", [True, False], ids=["both-paths", "low-rank-path"])
+@pytest.mark.parametrize("decomposed", [True, False], ids=["gain", "no-gain"])
+def test_output_and_gradients_equal_the_composed_formula(bias, dropout, drop_base_path, decomposed):
+    ours, theirs = operands(bias), operands(bias)
+    if not decomposed:
+        ours["offset"] = None
+    torch.manual_seed(3)
+    y = low_rank_linear(
+        ours["x"], ours["weight"], ours["bias"], ours["A"], ours["B"], SCALE,
+        offset=ours["offset"], dropout=dropout, drop_base_path=drop_base_path,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    dropped = F.dropout(theirs["x"].reshape(-1, IN), dropout).view_as(theirs["x"])
+    if not decomposed:
+        theirs["offset"] = torch.zeros(OUT, dtype=torch.float64)
+    expected = composed(**theirs, dropped=dropped, drop_base_path=drop_base_path)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=y.dtype)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name in ("x", "A", "B", "offset") if decomposed else ("x", "A", "B"):
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-11, atol=1e-11)
+    assert ours["weight"].grad is None
+
+
+@pytest.mark.parametrize("small_gain", [True, False])
+def test_gain_gradient_where_the_gain_is_zero(small_gain):
+    """m = 0 makes the output useless for the gain's gradient: the flag says to recompute, and then it is right."""
+    ours, theirs = operands(True), operands(True)
+    for side in (ours, theirs):
+        with torch.no_grad():
+            side["offset"][2] = -1.0
+    y = low_rank_linear(**ours, scale=SCALE, small_gain=small_gain)
+    y.square().sum().backward()
+    composed(**theirs, dropped=theirs["x"], drop_base_path=True).square().sum().backward()
+    right = torch.allclose(ours["offset"].grad, theirs["offset"].grad, rtol=1e-10)
+    assert right == small_gain
+
+
+def test_gain_gradient_survives_an_output_edited_in_place():
+    """Some models add the residual into a layer's output; the saved output is then no longer what it was."""
+    ours, theirs = operands(True), operands(True)
+    y = low_rank_linear(**ours, scale=SCALE)
+    y.add_(1.5)
+    (y**3).sum().backward()
+    ((composed(**theirs, dropped=theirs["x"], drop_base_path=True) + 1.5) ** 3).sum().backward()
+    for name in ("x", "A", "B", "offset"):
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-11, atol=1e-11)
+
+
+def test_a_transposed_weight_serves_conv1d():
+    ours = operands(True)
+    weight = ours.pop("weight")
+    stored = weight.T.contiguous()
+    torch.testing.assert_close(
+        low_rank_linear(**ours, weight=stored.T, scale=SCALE),
+        low_rank_linear(**ours, weight=weight, scale=SCALE),
+        rtol=1e-13,
+        atol=1e-13,
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_autocast_computes_low_and_returns_full_precision_gradients(dropout):
+    ours, theirs = operands(True, torch.float32), operands(True, torch.float32)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = low_rank_linear(**ours, scale=SCALE, dropout=dropout)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    torch.manual_seed(0)
+    mask = F.dropout(torch.ones(8, IN, dtype=torch.bfloat16), dropout).float().view(2, 4, IN)
+    composed(**theirs, dropped=theirs["x"] * mask, drop_base_path=True).square().sum().backward()
+    for name in ("x", "A", "B", "offset"):
+        assert ours[name].grad.dtype == torch.float32
+        torch.testing.assert_close(
+            ours[name].grad, theirs[name].grad, rtol=0.05, atol=0.05 * theirs[name].grad.abs().max()
+        )
+
+
+def test_a_gain_near_one_is_not_rounded_away_in_bfloat16():
+    """bfloat16 cannot tell 1.001 from 1, but the offset can: the output moves where its own spacing lets it."""
+    x = torch.eye(64, dtype=torch.bfloat16)
+    weight = (torch.rand(64, 64, generator=torch.Generator().manual_seed(1)) + 1.0).bfloat16()
+    A, B = torch.zeros(2, 64), torch.zeros(64, 2)
+    offset = torch.full((64,), 1.0 / 300)
+    y = low_rank_linear(x, weight, None, A, B, 1.0, offset=offset)
+    expected = (weight.T.float() * (1 + 1.0 / 300)).bfloat16()
+    assert torch.equal(y, expected)
+    assert (y != weight.T).float().mean() > 0.2
+
+
+def test_nothing_is_kept_that_backward_does_not_need():
+    """Bytes saved for backward: the input, A x and, with a gain, the output; one byte an element for a mask."""
+    ours = operands(False, torch.float32)
+    tokens = 8
+
+    def saved(**kwargs) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = low_rank_linear(ours["x"], ours["weight"], None, ours["A"], ours["B"], SCALE, **kwargs)
+        parameters = {ours[name].untyped_storage().data_ptr() for name in ("weight", "A", "B", "offset")}
+        total = sum(size for pointer, size in kept.items() if pointer not in parameters)
+        del output
+        return total
+
+    x_and_u = 4 * tokens * (IN + RANK)
+    assert saved() == x_and_u
+    assert saved(offset=ours["offset"]) == x_and_u + 4 * tokens * OUT
+    assert saved(dropout=0.5) == x_and_u + tokens * IN
+    assert saved(offset=ours["offset"], dropout=0.5) == x_and_u + tokens * IN + 4 * tokens * OUT
