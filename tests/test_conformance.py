@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import peft
 import pytest
@@ -230,10 +231,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(row, use_reentrant):
     for checkpointed in (False, True):
         model = adapted(row, lora_dropout=0.3).train()
         torch.manual_seed(11)
-        if checkpointed:
-            y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant)
-        else:
-            y = model(x)
+        run = partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=use_reentrant) if checkpointed else model
+        y = run(x)
         y.square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in adapter_parameters(model).items()})
     for name, gradient in gradients[0].items():

@@ -88,9 +88,8 @@ def replace_data(model):
 
 
 def load_state(model):
-    model.load_state_dict(
-        {name: value * 1.3 for name, value in model.state_dict().items() if "lora_A" in name}, strict=False
-    )
+    changed = {name: value * 1.3 for name, value in model.state_dict().items() if "lora_A" in name}
+    model.load_state_dict(changed, strict=False)
 
 
 def edit_base(model):
