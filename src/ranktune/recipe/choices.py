@@ -157,7 +157,8 @@ def _check_trainer_field(name: str, known: set[str], file: str) -> None:
 
 def _check_choice(key: str, value: str, known: list[str], file: str) -> None:
     if value not in known:
-        near = did_you_mean(value, known) or f" Known: {', '.join(known)}."
+        longer = [name for name in known if name.startswith(value)] if value else []  # "adamw": "adamw_torch"
+        near = did_you_mean(value, longer[:1] or known) or f" Known: {', '.join(known)}."
         raise RecipeError(f"{file}: '{key}' is {value!r}, which transformers does not know.{near}")
 
 

@@ -98,9 +98,9 @@ _EXAMPLES = {"method": "for example `method: {name: lora, r: 8}`"}
 def suggest_key(parts: list[str]) -> str:
     """A did-you-mean for the unknown dotted key: in its own section first, then anywhere in a recipe."""
     section, word = ".".join(parts[:-1]), parts[-1]
-    known = list(SECTIONS[section].model_fields) if section in SECTIONS else []
     prefix = f"{section}." if section else ""
-    if near := did_you_mean(word, known):
+    known = list(SECTIONS[section].model_fields) if section in SECTIONS else []
+    if word not in KNOWN_ELSEWHERE and (near := did_you_mean(word, known)):
         return near.replace("'", f"'{prefix}", 1)
     everywhere = {name: f"{part}.{name}".lstrip(".") for part, model in SECTIONS.items() for name in model.model_fields}
     if elsewhere := KNOWN_ELSEWHERE.get(word) or everywhere.get(word):
