@@ -18,7 +18,7 @@ from ranktune.tasks.vocabulary import TASKS, check_words
 if TYPE_CHECKING:
     import datasets
     import torch
-    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ranktune.recipe import DataRecipe
 
@@ -48,14 +48,13 @@ class Task(ABC):
     trainer_class: ClassVar[type[Trainer]] = Trainer
     arguments_class: ClassVar[type[TrainingArguments]] = TrainingArguments
 
-    def __init__(self, recipe: DataRecipe, data: Data) -> None:
+    def __init__(self, recipe: DataRecipe, data: Data) -> None:  # noqa: ARG002 - for the tasks that need it
         """Raises RecipeError when the recipe's metric is not one of this task's."""
         check_words(self.name, (), recipe.metric)
         self.max_length = recipe.max_length
         metrics = TASKS[self.name].metrics
         self.metric = recipe.metric or next(iter(metrics))
         self.greater_is_better = metrics[self.metric]
-        self.roles = tuple(data.evaluation.column_names)
 
     @property
     def training_arguments(self) -> dict[str, Any]:
@@ -103,11 +102,16 @@ class Task(ABC):
     def preprocess_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """Reduce a batch of logits to what `compute_metrics` needs, before the whole split is gathered."""
 
-    def _check_length(self, length: int, field: str, limit: int | None, owner: str) -> None:
-        if limit is not None and length > limit:
-            raise RecipeError(
-                f"{field}: {length} tokens are more than the {owner} takes ({limit}). Set {limit} or less."
-            )
+
+def check_length(field: str, length: int, limit: int | None, owner: str) -> None:
+    """Raise RecipeError when `length` tokens are more than the model or tokenizer (`owner`) can take."""
+    if limit is not None and length > limit:
+        raise RecipeError(f"{field}: {length} tokens, but the {owner} takes {limit}. Set {limit} or less.")
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model has positions for, None where there is no fixed number."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def first_output(logits: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from ranktune.tasks.base import Task
+from ranktune.tasks.base import Task, check_length, positions
 from ranktune.tasks.tokenization import map_examples
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ class TextInputTask(Task):
         """
         revision = revision or "main"
         config = AutoConfig.from_pretrained(path, revision=revision, **self._head())
-        self._check_length(
-            self.max_length, "data.max_length", getattr(config, "max_position_embeddings", None), "model"
-        )
+        check_length("data.max_length", self.max_length, positions(config), "model")
         if config.pad_token_id is None:
             # Decoders (GPT-2, Llama) find each row's last real token by this number and refuse batches
             # without it.
@@ -42,7 +40,7 @@ class TextInputTask(Task):
 
     def tokenize(self, dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
         """Token ids of the text or pair, cut to `max_length`, and the label."""
-        self._check_length(self.max_length, "data.max_length", tokenizer.model_max_length, "tokenizer")
+        check_length("data.max_length", self.max_length, tokenizer.model_max_length, "tokenizer")
 
         def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
             encoded = tokenizer(

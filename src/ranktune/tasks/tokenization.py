@@ -9,6 +9,7 @@ from ranktune.tasks.quiet import quiet_datasets
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
 
 
 def map_examples(
@@ -27,3 +28,10 @@ def map_examples(
             keep_in_memory=True,
             load_from_cache_file=False,
         )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the ids of every text, whole and without special tokens."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
