@@ -8,11 +8,14 @@ import traceback
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ranktune.errors import RanktuneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     name="ranktune",
@@ -53,6 +56,14 @@ def _refusals_are_messages(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
     return run
+
+
+def _console() -> Console:
+    """Standard output. In a file or a pipe there is no edge at which module names would have to be broken."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def _print_version(wanted: bool) -> None:
@@ -116,12 +127,10 @@ def train(
 
         ranktune train my.yaml method.name=lora method.r=4 output=runs/lora-4
     """
-    from rich.console import Console
-
     from ranktune.recipe import load_recipe, recipe_text
 
     loaded = load_recipe(recipe, overrides or [])
-    console = Console()
+    console = _console()
     if dry_run:
         from ranktune.report.tables import plan_table
         from ranktune.training import rehearse
@@ -165,13 +174,11 @@ def evaluate(
     """
     import json
 
-    from rich.console import Console
-
     from ranktune.evaluation import evaluate as evaluate_run
     from ranktune.report.tables import scores_table
     from ranktune.run.display import showing
 
-    console = Console()
+    console = _console()
     with showing(console, quiet or as_json) as display:
         result = evaluate_run(output, display, split.value)
     if not result.same_data:

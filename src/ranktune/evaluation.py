@@ -57,7 +57,8 @@ def evaluate(output: Path, display: Display, split: Split = "evaluation") -> Eva
     recorded = directory.read_metrics()
     recipe = load_recipe(directory.recipe, _SCORING_ONLY)
     with libraries_quiet(), tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare(recipe, directory.recipe)
+        # A Trainer makes its output directory: here it must not be the run's.
+        prepared = prepare(recipe.model_copy(update={"output": scratch}), directory.recipe)
         tokenizer = prepared.task.load_tokenizer(prepared.source.path, prepared.source.revision)
         examples = prepared.data.evaluation if split == "evaluation" else prepared.data.train
         trainer = build_trainer(
@@ -66,7 +67,6 @@ def evaluate(output: Path, display: Display, split: Split = "evaluation") -> Eva
             tokenizer,
             train=None,
             evaluation=prepared.task.tokenize(examples, tokenizer),
-            checkpoints=Path(scratch),
             callbacks=[DisplayCallback(display, metric=None)],
         )
         scores = scores_only(trainer.evaluate())

@@ -83,7 +83,6 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
             tokenizer,
             train=examples[0],
             evaluation=examples[1],
-            checkpoints=directory.checkpoints,
             callbacks=callbacks,
         )
         log.write(

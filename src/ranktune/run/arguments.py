@@ -10,24 +10,26 @@ import torch
 from transformers import TrainingArguments
 
 from ranktune.errors import RecipeError
-from ranktune.recipe import TrainRecipe
+from ranktune.recipe import Recipe
+from ranktune.run.directory import RunDirectory
 
 if TYPE_CHECKING:
     from ranktune.tasks import Task
 
 
-def training_arguments(train: TrainRecipe, task: Task, checkpoints: Path, run_name: str) -> TrainingArguments:
+def training_arguments(recipe: Recipe, task: Task) -> TrainingArguments:
     """The arguments of the task's trainer.
 
     Raises:
         RecipeError: the machine cannot compute in the precision asked for, or transformers refuses a combination.
     """
+    train, output = recipe.train, Path(recipe.output)
     no_accelerator = not torch.accelerator.is_available()
     if train.precision == "fp16" and no_accelerator:
         raise RecipeError("'train.precision' is 'fp16', which needs a GPU; on a CPU use fp32 or bf16.")
     fields: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "run_name": run_name,
+        "output_dir": str(RunDirectory(output).checkpoints),
+        "run_name": output.name,
         "use_cpu": no_accelerator,
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from ranktune.config import RankConfig
 from ranktune.recipe import Recipe
 from ranktune.recipe.choices import method_config
+from ranktune.run.arguments import training_arguments
 from ranktune.run.model import skeleton
 from ranktune.run.targets import check_targets
 from ranktune.tasks import Data, Task, build_task, check_source, load_data
@@ -17,20 +20,22 @@ from ranktune.tasks.models import ModelSource, resolve_model
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked recipe, where its model is, its data, its task, and the method's configuration."""
+    """A checked recipe: where its model is, its data, its task, and what configures the method and the trainer."""
 
     recipe: Recipe
     source: ModelSource
     data: Data
     task: Task
     config: RankConfig
+    arguments: TrainingArguments
 
 
 def prepare(recipe: Recipe, file: str | Path) -> Prepared:
     """Find the model, load the data, and check the method's module names on a model without weights.
 
     Raises:
-        RecipeError: the model cannot be found, or a module name matches nothing in it.
+        RecipeError: the model cannot be found, a module name matches nothing in it, or transformers or this machine
+            cannot train as asked.
         DataError: the data is missing or does not fit the task.
         ConfigError: the method refuses its fields.
     """
@@ -38,9 +43,10 @@ def prepare(recipe: Recipe, file: str | Path) -> Prepared:
     source = resolve_model(recipe.model)
     data = load_data(recipe.data, recipe.train.seed)
     task = build_task(recipe.data, data)
+    arguments = training_arguments(recipe, task)
     config = method_config(_with_new_head(recipe.method, task), str(file), task_type=task.peft_task_type)
     check_targets(config, skeleton(source, task, data))
-    return Prepared(recipe, source, data, task, config)
+    return Prepared(recipe, source, data, task, config, arguments)
 
 
 def _with_new_head(method: dict[str, Any], task: Task) -> dict[str, Any]:

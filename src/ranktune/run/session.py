@@ -5,14 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import transformers
 from transformers import DataCollator, PrinterCallback, Trainer, TrainerCallback
 
-from ranktune.run.arguments import training_arguments
 from ranktune.run.prepare import Prepared
 from ranktune.run.trainer import trainer_class
 
@@ -24,14 +22,13 @@ def build_trainer(
     *,
     train: datasets.Dataset | None,
     evaluation: datasets.Dataset,
-    checkpoints: Path,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """The task's Trainer on tokenised data, silent but for `callbacks`."""
-    task, recipe = prepared.task, prepared.recipe
+    task = prepared.task
     trainer = trainer_class(task.trainer_class)(
         model=model,
-        args=training_arguments(recipe.train, task, checkpoints, Path(recipe.output).name),
+        args=prepared.arguments,
         data_collator=cast(DataCollator, task.collator(tokenizer, model.get_base_model())),
         train_dataset=train,
         eval_dataset=evaluation,

@@ -1,0 +1,296 @@
+"""The command line: exit codes, messages, what is refused before a model is loaded, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from ranktune.cli import app
+from tests.tiny import LINEAR_MODULES, write_data, write_everything, write_recipe
+
+FILES = {"adapter", "checkpoints", "log.jsonl", "loss.png", "metric.png", "metrics.json", "ranks.json", "ranks.png"}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """The message of a refusal, once it is known to be one."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_everything(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in `out`; tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run("train", write_everything(folder))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "metrics.json").read_text())
+
+
+def test_help_is_light_and_teaches() -> None:
+    code = (
+        "import sys\nsys.argv = ['ranktune', '--help']\nfrom ranktune.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib', 'pydantic', 'numpy', 'yaml'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    assert "train" in done.stdout
+    assert "evaluate" in done.stdout
+    for command in ("train", "evaluate", "plot"):
+        shown = run(command, "--help").output
+        assert f"ranktune {command} " in shown
+        assert "Example" in shown
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == "ranktune 0.1.0"
+
+
+def test_a_run_leaves_what_the_documentation_says(trained: Path) -> None:
+    out = trained / "out"
+    assert {item.name for item in out.iterdir()} == FILES | {"recipe.yaml"}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {item.name for item in (out / "adapter").iterdir()}
+    metrics = metrics_of(trained)
+    assert {
+        "method", "task", "metric", "before", "after", "trainable_params", "active_params", "total_rank", "steps",
+        "seconds", "peak_memory_mb", "adapter_bytes", "seed", "versions",
+    } <= metrics.keys()  # fmt: skip
+    assert metrics["method"] == "lora"
+    assert metrics["metric"] == "accuracy"
+    assert metrics["total_rank"] == 2 * LINEAR_MODULES
+    assert metrics["steps"] == 6
+    assert metrics["adapter_bytes"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    ranks = json.loads((out / "ranks.json").read_text())
+    assert list(ranks["final"].values()) == [2] * LINEAR_MODULES
+    assert ranks["history"] == []
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == [
+        "start", "evaluation", "step", "step", "step", "step", "evaluation", "end",
+    ]  # fmt: skip
+    assert events[1]["accuracy"] == metrics["before"]
+    assert events[-2]["accuracy"] == metrics["after"]
+    assert (out / "checkpoints" / "checkpoint-6" / "trainer_state.json").exists()
+
+
+def test_the_written_recipe_trains_the_same_run_again(trained: Path, tmp_path: Path) -> None:
+    result = run("train", trained / "out" / "recipe.yaml", f"output={tmp_path / 'again'}", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.output == ""
+    first, second = (
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        for folder in (trained / "out", tmp_path / "again")
+    )
+    assert first == second
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["scores"] == metrics_of(trained)["scores"]
+
+
+def test_progress_and_summary_are_printed(recipe: Path) -> None:
+    result = run("train", recipe, "train.max_steps=10", "train.eval_every=never")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert sum(line.startswith("step ") and "rank 26" in line and "samples/s" in line for line in lines) >= 8
+    for words in ("before training:", "accuracy before", "accuracy after", "share of the model", "peak memory"):
+        assert words in result.stdout
+
+
+def test_evaluate_gives_exactly_the_same_score_in_a_new_process(trained: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ranktune.cli", "evaluate", str(trained / "out"), "--json"],
+        capture_output=True, text=True, check=True, cwd=trained,
+    )  # fmt: skip
+    assert done.stderr == ""
+    printed = json.loads(done.stdout)
+    assert printed["value"] == metrics_of(trained)["after"]
+    assert printed["scores"] == metrics_of(trained)["scores"]["after"]
+
+
+def test_evaluate_prints_scores_beside_the_recorded_one(trained: Path) -> None:
+    result = run("evaluate", trained / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    shown = next(line for line in result.stdout.splitlines() if "accuracy" in line)
+    assert shown.count(f"{metrics_of(trained)['after']:.4f}") == 2
+    train_split = run("evaluate", trained / "out", "--split", "train", "--json")
+    assert json.loads(train_split.stdout)["scores"] != metrics_of(trained)["scores"]["after"]
+
+
+def test_evaluate_says_when_the_data_changed(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "out", tmp_path / "out")
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    recipe["data"]["source"] = str(write_data(tmp_path / "data", rows=64))
+    (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = run("evaluate", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "fingerprint changed" in result.stderr
+
+
+def test_plot_draws_the_pictures_again(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "out", tmp_path / "out")
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    before = [picture.read_bytes() for picture in pictures]
+    for picture in pictures:
+        picture.unlink()
+    result = run("plot", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert [picture.read_bytes() for picture in pictures] == before
+    assert all(picture.name in result.stdout for picture in pictures)
+
+
+def test_dry_run_needs_no_weights_and_writes_nothing(recipe: Path) -> None:
+    (recipe.parent / "model" / "model.safetensors").unlink()
+    found = sorted(recipe.parent.rglob("*"))
+    result = run("train", recipe, "method.name=dora", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert sorted(recipe.parent.rglob("*")) == found
+    printed, table = result.stdout.split("Modules to adapt")
+    assert yaml.safe_load(printed)["method"]["name"] == "dora"
+    assert "bert.encoder.layer.1.attention.self.query" in table
+    # dora of rank 2 on 16 x 16: 2 * (16 + 16) + 16; all: 2 layers of (4 square, 2 of 16 x 32) and the pooler.
+    square, up, down = 2 * 32 + 16, 2 * 48 + 32, 2 * 48 + 16
+    assert f"{2 * (4 * square + up + down) + square:,}" in table
+    assert f"{LINEAR_MODULES} modules" in table
+
+
+def test_dry_run_counts_what_training_then_trains(trained: Path) -> None:
+    shown = " ".join(run("train", trained / "recipe.yaml", "--dry-run").stdout.split())
+    metrics = metrics_of(trained)
+    assert f"{metrics['trainable_params']:,} trainable parameters" in shown
+    assert f"({metrics['active_params']:,} in the adapter" in shown
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method.target_modules=[query, vlaue]", ["'method.target_modules'", "'vlaue'", "Did you mean 'value'?"]),
+        ("method.target_modules=[LayerNorm]", ["'LayerNorm'", "is no linear layer", "query"]),
+        ("method.target_modules=query", ["regular expression", "Did you mean 'query'?", "list"]),
+        ("method.target_modules='*query'", ["not a regular expression"]),
+        ("method.exclude_modules=[poler]", ["'method.exclude_modules'", "Did you mean 'pooler'?"]),
+        ("method.modules_to_save=[classifer]", ["'method.modules_to_save'", "Did you mean 'classifier'?"]),
+        ("method.rank_pattern={qurey: 4}", ["'method.rank_pattern'", "Did you mean 'query'?"]),
+        ("method.name=dorra", ["'method.name'", "Did you mean 'dora'?"]),
+        ("method.r=0", ["r=0", "at least 1"]),
+        ("train.epoch=1", ["'train.epoch'", "Did you mean 'train.epochs'?"]),
+        ("train.precision=fp16", ["'train.precision'", "needs a GPU"]),
+        ("train.trainer.dataloader_prefetch_factor=2", ["section 'train'", "dataloader_prefetch_factor"]),
+        ("data.task=clasification", ["data.task", "Did you mean 'classification'?"]),
+        ("data.columns.txet=text", ["data.columns", "Did you mean 'text'?"]),
+        ("data.metric=acuracy", ["data.metric", "Did you mean 'accuracy'?"]),
+        ("model=all-minillm", ["model", "Did you mean 'all-minilm'?"]),
+        ("model=no/such/place/at/all", ["model", "no/such/place/at/all"]),
+        ("model=no-such/hub-model", ["model", "no-such/hub-model"]),
+        ("output=recipe.yaml", ["output", "is a file"]),
+    ],
+)
+def test_mistakes_are_refused_before_the_weights_are_read(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, override: str, words: list[str]
+) -> None:
+    if override == "train.precision=fp16":
+        import torch
+
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.chdir(recipe.parent)
+    (recipe.parent / "model" / "model.safetensors").unlink()  # reading it would be another error
+    message = refused("train", recipe, override)
+    for word in words:
+        assert word in message
+    assert not (recipe.parent / "out").exists()
+
+
+def test_missing_data_and_recipe_are_refused(recipe: Path) -> None:
+    message = refused("train", recipe.with_name("recipe.yml"))
+    assert "Did you mean 'recipe.yaml'?" in message
+    shutil.rmtree(recipe.parent / "data")
+    assert str(recipe.parent / "data") in refused("train", recipe)
+
+
+def test_lost_weights_are_refused_with_the_model_named(recipe: Path) -> None:
+    (recipe.parent / "model" / "model.safetensors").unlink()
+    assert "the weights of" in refused("train", recipe)
+    assert not (recipe.parent / "out").exists()
+
+
+def test_debug_adds_the_traceback(recipe: Path) -> None:
+    result = run("train", recipe, "train.epoch=1", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "'train.epoch'" in result.stderr
+
+
+def test_a_run_is_replaced_only_on_request(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    recipe, out = write_recipe(tmp_path, method={"name": "dora"}), tmp_path / "out"
+    (out / "notes.txt").write_text("mine")
+    before = (out / "metrics.json").read_bytes()
+    message = refused("train", recipe)
+    assert "already holds a run" in message
+    assert "--overwrite" in message
+    # Also when the run did not finish: its checkpoints are worth something.
+    (out / "metrics.json").rename(out / "kept.json")
+    assert "already holds a run" in refused("train", recipe)
+    (out / "kept.json").rename(out / "metrics.json")
+    # A refused replacement must not cost the old run.
+    assert "vlaue" in refused("train", recipe, "method.target_modules=[vlaue]", "--overwrite")
+    assert (out / "metrics.json").read_bytes() == before
+    result = run("train", recipe, "--overwrite", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert metrics_of(tmp_path)["method"] == "dora"
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "plot"])
+def test_directories_without_a_finished_run_are_refused(trained: Path, tmp_path: Path, command: str) -> None:
+    assert "there is no directory" in refused(command, tmp_path / "nowhere")
+    assert "holds no run" in refused(command, tmp_path)
+    shutil.copytree(trained / "out", tmp_path / "torn")
+    (tmp_path / "torn" / "metrics.json").unlink()
+    (tmp_path / "torn" / "ranks.json").unlink()
+    assert "did not finish" in refused(command, tmp_path / "torn")
+
+
+def test_interruption_and_unexpected_errors_have_their_own_codes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ranktune.training
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranktune.training, "train", interrupt)
+    result = run("train", recipe)
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(ranktune.training, "train", fail)
+    result = run("train", recipe)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
