@@ -32,6 +32,8 @@ class RankConfig(PeftConfig):
     """
 
     method_name: ClassVar[str] = "lora"
+    # Set on configs that were read from a saved adapter: what they name was resolved on the model they were saved from.
+    saved: ClassVar[bool] = False
 
     method: str = field(default="", metadata={"help": "Set by the class: which method this is."})
     r: int = field(default=8, metadata={"help": "Rank: the number of rank-1 components per module."})
@@ -113,10 +115,7 @@ class RankConfig(PeftConfig):
         if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be a probability in [0, 1).")
         if self.dora_dropout not in ("both_paths", "low_rank_path"):
-            raise ConfigError(
-                f"dora_dropout={self.dora_dropout!r} must be 'both_paths' or 'low_rank_path'."
-                + did_you_mean(str(self.dora_dropout), ("both_paths", "low_rank_path"))
-            )
+            raise ConfigError(f"dora_dropout={self.dora_dropout!r} must be 'both_paths' or 'low_rank_path'.")
         for name in ("use_dora", "detach_norm", "use_rslora", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
 from peft.utils import PeftType, register_peft_method
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -36,11 +37,17 @@ def add_peft_type() -> None:
     PeftType._value2member_map_[PEFT_TYPE] = member
 
 
+class UnmatchedTargetError(ConfigError, NoMatchingPeftModuleError):
+    """A name in ``target_modules`` is not in the model. PEFT's own error of that meaning, so that callers catch it."""
+
+
 class SavedConfig(PeftConfig):
     """What PEFT constructs from an ``adapter_config.json`` of ours: the config class that its ``method`` names."""
 
     def __new__(cls, **fields: Any) -> RankConfig:  # pyright: ignore[reportInconsistentConstructor]
-        return config_from_fields(fields)
+        config = config_from_fields(fields)
+        vars(config)["saved"] = True
+        return config
 
 
 def register(tuner: type[BaseTuner]) -> None:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import ranktune.methods  # noqa: F401  (registers every method, so that saved adapters of any of them load)
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, did_you_mean
-from ranktune.peft_compat import PREFIX, feature_counts, pattern_value, register
+from ranktune.peft_compat import PREFIX, UnmatchedTargetError, feature_counts, pattern_value, register
 from ranktune.update import Base, LowRankUpdate
 
 logger = logging.getLogger("ranktune")
@@ -240,8 +240,8 @@ class RankTuner(BaseTuner):
         """Add an adapter to every targeted module.
 
         Raises:
-            ConfigError: an entry of ``target_modules`` matches nothing. PEFT accepts a list if any entry matches, and
-                a misspelt name would silently adapt less than was asked for.
+            UnmatchedTargetError: an entry of ``target_modules`` matches nothing. PEFT accepts a list if any entry
+                matches, and a misspelt name would silently adapt less than was asked for.
         """
         refuse_unmatched_targets(cast(RankConfig, self.peft_config[adapter_name]), model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -289,23 +289,34 @@ class RankTuner(BaseTuner):
 def refuse_unmatched_targets(config: RankConfig, model: nn.Module) -> None:
     """Check that every entry of a ``target_modules`` list is the name, or the end of the name, of some module.
 
+    Saved configs pass: they may name modules that only the model they were trained on had.
+
     Raises:
-        ConfigError: an entry matches nothing; the message suggests the closest name.
+        UnmatchedTargetError: an entry matches nothing; the message suggests the closest name.
     """
-    if not isinstance(config.target_modules, (set, list)):
+    if config.saved or not isinstance(config.target_modules, (set, list)):
         return
+    modules = dict(_outside_adapters(model))
     ends: set[str] = set()
-    for name, _ in model.named_modules():
+    for name in modules:
         parts = name.split(".")
         ends.update(".".join(parts[start:]) for start in range(len(parts)))
     unmatched = sorted(set(config.target_modules) - ends)
     if unmatched:
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+        linear = {name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module)}
         suggestions = "".join(did_you_mean(name, linear) for name in unmatched)
-        raise ConfigError(
-            f"target_modules {unmatched} match no module of the model.{suggestions} "
+        raise UnmatchedTargetError(
+            f"Target modules {unmatched} not found in the base model.{suggestions} "
             f"Its linear modules end in: {', '.join(sorted(linear))}."
         )
+
+
+def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules by name: an adapted layer counts as one, whatever is inside it."""
+    yield name, module
+    if not isinstance(module, RankLayer):
+        for child_name, child in module.named_children():
+            yield from _outside_adapters(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _is_linear(module: nn.Module) -> bool:
