@@ -55,24 +55,24 @@ def low_rank_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     flat = x.reshape(-1, x.shape[-1])
     A, B = A.to(x.dtype), B.to(x.dtype)
-    keep = _keep_mask(flat, dropout) if dropout > 0.0 else None
+    dropped = _draw_dropped(flat, dropout) if dropout > 0.0 else None
     survival = 1.0 / (1.0 - dropout)
     with torch.autocast(x.device.type, enabled=False):
-        if offset is not None and keep is not None and drop_base_path:
-            y = _TwoPathLinear.apply(flat, weight, bias, A, B, scale, offset, keep, survival)
+        if offset is not None and dropped is not None and drop_base_path:
+            y = _TwoPathLinear.apply(flat, weight, bias, A, B, scale, offset, dropped, survival)
         else:
-            y = _LowRankLinear.apply(flat, weight, bias, A, B, scale, offset, keep, survival, small_gain)
+            y = _LowRankLinear.apply(flat, weight, bias, A, B, scale, offset, dropped, survival, small_gain)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _keep_mask(x: Tensor, dropout: float) -> Tensor:
-    """Draw the elements that survive dropout: bool [n, in], reproducible under gradient checkpointing."""
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout)
+def _draw_dropped(x: Tensor, dropout: float) -> Tensor:
+    """Draw the elements that dropout zeroes: bool [n, in], with the random numbers that ``F.dropout`` would take."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout).logical_not_()
 
 
-def _drop(x: Tensor, keep: Tensor | None, survival: float) -> Tensor:
-    """d(x): zero what is not kept and scale the rest by 1 / (1 - p)."""
-    return x if keep is None else (x * keep).mul_(survival)
+def _zero(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """x with the dropped elements zeroed. The factor 1 / (1 - p) goes to the small side of each product."""
+    return x if dropped is None else x.masked_fill(dropped, 0.0)
 
 
 def _gain_times(value: Tensor, offset: Tensor) -> Tensor:
@@ -80,6 +80,8 @@ def _gain_times(value: Tensor, offset: Tensor) -> Tensor:
 
     In bfloat16 a gain near one has a spacing of 2^-8 and would lose what it learnt; its offset does not.
     """
+    if value.dtype == offset.dtype:
+        return value * (offset + 1.0)
     return torch.addcmul(value, value, offset, out=torch.empty_like(value))
 
 
@@ -101,12 +103,12 @@ class _LowRankLinear(torch.autograd.Function):
         B: Tensor,
         scale: float,
         offset: Tensor | None,
-        keep: Tensor | None,
+        dropped: Tensor | None,
         survival: float,
         small_gain: bool,
     ) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        u = _drop(x, keep, survival) @ A.T
+        u = _zero(x, dropped) @ (A * survival).T
         y.addmm_(u, B.T, alpha=scale)
         if offset is not None:
             # (1 + o)(y - bias) + bias: exactly y where o is zero, so a fresh adapter changes no bit.
@@ -125,13 +127,13 @@ class _LowRankLinear(torch.autograd.Function):
             ctx.output = y.detach()
             ctx.output.set_()  # pyright: ignore[reportCallIssue]
             ctx.output_version = ctx.output._version
-        ctx.save_for_backward(x, weight, bias, A, B, u, offset, keep, kept_output)
+        ctx.save_for_backward(x, weight, bias, A, B, u, offset, dropped, kept_output)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, A, B, u, offset, keep, y = ctx.saved_tensors
+        x, weight, bias, A, B, u, offset, dropped, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_offset = None
         if needs[6]:
@@ -147,11 +149,11 @@ class _LowRankLinear(torch.autograd.Function):
         du = dv @ (B * ctx.scale)
         dx = dv @ weight.to(dv.dtype) if needs[0] else None
         if dx is not None:
-            if keep is None:
+            if dropped is None:
                 dx.addmm_(du, A)
             else:
-                dx.addcmul_(du @ A, keep.to(dx.dtype), value=ctx.survival)
-        dA = du.T @ _drop(x, keep, ctx.survival) if needs[3] else None
+                dx.add_((du @ (A * ctx.survival)).masked_fill_(dropped, 0.0))
+        dA = (du.T @ _zero(x, dropped)).mul_(ctx.survival) if needs[3] else None
         dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
         return dx, None, None, dA, dB, None, d_offset, None, None, None
 
@@ -169,24 +171,24 @@ class _TwoPathLinear(torch.autograd.Function):
         B: Tensor,
         scale: float,
         offset: Tensor,
-        keep: Tensor,
+        dropped: Tensor,
         survival: float,
     ) -> Tensor:
         w = weight.to(x.dtype)
         y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
-        dropped = _drop(x, keep, survival)
-        u = dropped @ A.T
+        zeroed = _zero(x, dropped)
+        u = zeroed @ (A * survival).T
         y.addmm_(u, B.T, alpha=scale)
-        unscaled = F.linear(dropped, w).addmm_(u, B.T, alpha=scale)
+        unscaled = F.linear(zeroed, w).addmm_(u, B.T, alpha=scale, beta=survival)
         torch.addcmul(y, unscaled, offset, out=y)
         ctx.scale, ctx.survival = scale, survival
-        ctx.save_for_backward(x, weight, A, B, u, offset, keep, unscaled if ctx.needs_input_grad[6] else None)
+        ctx.save_for_backward(x, weight, A, B, u, offset, dropped, unscaled if ctx.needs_input_grad[6] else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, A, B, u, offset, keep, unscaled = ctx.saved_tensors
+        x, weight, A, B, u, offset, dropped, unscaled = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_offset = _column_dot(dy, unscaled, offset.dtype) if needs[6] else None
         dv = _gain_times(dy, offset)
@@ -194,8 +196,8 @@ class _TwoPathLinear(torch.autograd.Function):
         dx = None
         if needs[0]:
             w = weight.to(dy.dtype)
-            d_dropped = ((dv - dy) @ w).addmm_(du, A)
-            dx = (dy @ w).addcmul_(d_dropped, keep.to(dy.dtype), value=ctx.survival)
-        dA = du.T @ _drop(x, keep, ctx.survival) if needs[3] else None
+            through_dropout = ((dv - dy) @ w).addmm_(du, A, alpha=ctx.survival, beta=ctx.survival)
+            dx = (dy @ w).add_(through_dropout.masked_fill_(dropped, 0.0))
+        dA = (du.T @ _zero(x, dropped)).mul_(ctx.survival) if needs[3] else None
         dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
         return dx, None, None, dA, dB, None, d_offset, None, None
