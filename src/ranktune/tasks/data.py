@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ranktune.tasks.base import Data
-from ranktune.tasks.examples import label_splits, take_roles
+from ranktune.tasks.examples import label_like_train, label_train, take_roles
 from ranktune.tasks.quiet import quiet_datasets
 from ranktune.tasks.roles import choose_task
-from ranktune.tasks.sources import check_place, load_source
+from ranktune.tasks.sources import RawData, check_place, load_source
 from ranktune.tasks.splits import fingerprint, sample, split_off
 from ranktune.tasks.vocabulary import check_words
 
@@ -41,13 +41,7 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         raw = load_source(recipe)
         task, roles = choose_task(recipe.task, recipe.columns, raw.train.column_names, raw.train.__getitem__)
         check_words(task, recipe.columns, recipe.metric)
-        train = take_roles(raw.train, roles, task, "train")
-        if raw.evaluation is None:
-            kept, held_out = split_off(_inputs(train), recipe.evaluation_fraction)
-            train, evaluation = train.select(kept), train.select(held_out)
-        else:
-            evaluation = take_roles(raw.evaluation, roles, task, "evaluation")
-        train, evaluation, labels = label_splits(train, evaluation, task, recipe.labels)
+        train, evaluation, labels = _labelled_splits(raw, task, roles, recipe)
         train = sample(train, recipe.max_train_examples, seed)
         evaluation = sample(evaluation, recipe.max_eval_examples, _EVALUATION_SEED)
         classes = f" in {len(labels)} classes" if labels else ""
@@ -59,6 +53,17 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
             description=f"{raw.origin}: {task}{classes}, {len(train):,} to train, {len(evaluation):,} to evaluate",
             fingerprint=fingerprint([train, evaluation]),
         )
+
+
+def _labelled_splits(
+    raw: RawData, task: str, roles: dict[str, str], recipe: DataRecipe
+) -> tuple[datasets.Dataset, datasets.Dataset, list[str] | None]:
+    train, labels = label_train(take_roles(raw.train, roles, task, "train"), task, recipe.labels)
+    if raw.evaluation is not None:
+        evaluation = take_roles(raw.evaluation, roles, task, "evaluation")
+        return train, label_like_train(evaluation, task, labels), labels
+    kept, held_out = split_off(_inputs(train), recipe.evaluation_fraction)
+    return train.select(kept), train.select(held_out), labels
 
 
 def _inputs(dataset: datasets.Dataset) -> list[str]:

@@ -33,36 +33,36 @@ def take_roles(dataset: datasets.Dataset, roles: Mapping[str, str], task: str, s
     return chosen
 
 
-def label_splits(
-    train: datasets.Dataset, evaluation: datasets.Dataset, task: str, order: Sequence[str] | None
-) -> tuple[datasets.Dataset, datasets.Dataset, list[str] | None]:
-    """Return both splits with numbers as labels, and the class names for classification.
+def label_train(
+    train: datasets.Dataset, task: str, order: Sequence[str] | None
+) -> tuple[datasets.Dataset, list[str] | None]:
+    """Return the training split with numbers as labels, and the class names for classification.
 
-    Raises DataError for an unusable label, and for a class in the evaluation split that training does not
-    have.
+    Raises DataError for a label that is missing or unusable.
     """
     if order is not None and task != "classification":
         raise DataError(f"data.labels: only classification has classes; the task is '{task}'.")
+    names = None
     if task == "classification":
-        found, held_out = label_values(train), label_values(evaluation)
-        names = class_names(found, order or _class_order(train), "train")
-        classes = datasets.Value("int64")
-        return (
-            _with_labels(train, class_numbers(found, names, "train"), classes),
-            _with_labels(evaluation, class_numbers(held_out, names, "evaluation"), classes),
-            names,
-        )
+        names = class_names(_label_values(train), order or _class_order(train), "train")
+    return label_like_train(train, task, names, "train"), names
+
+
+def label_like_train(
+    dataset: datasets.Dataset, task: str, names: Sequence[str] | None, split: str = "evaluation"
+) -> datasets.Dataset:
+    """Return the split with the numbers that training has for the same labels.
+
+    Raises DataError for an unusable label and for a class that training does not have.
+    """
+    if names is not None:
+        return _with_labels(dataset, class_numbers(_label_values(dataset), names, split), datasets.Value("int64"))
     if task == "regression":
-        number = datasets.Value("float32")
-        return (
-            _with_labels(train, measurements(train["label"], "train"), number),
-            _with_labels(evaluation, measurements(evaluation["label"], "evaluation"), number),
-            None,
-        )
-    return train, evaluation, None
+        return _with_labels(dataset, measurements(dataset["label"], split), datasets.Value("float32"))
+    return dataset
 
 
-def label_values(dataset: datasets.Dataset) -> list[Any]:
+def _label_values(dataset: datasets.Dataset) -> list[Any]:
     """Return the labels as their source means them.
 
     The hub's class numbers by name, its -1 (hidden) as missing.

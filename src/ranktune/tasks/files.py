@@ -189,6 +189,8 @@ def _header(file: Path, recipe: DataRecipe) -> list[str]:
             "row is "
             "already an example, set data.header: false."
         )
+    if not second:
+        raise DataError(f"data.source: '{file.name}' has a header but no examples.")
     if len(second) > len(names):
         # pandas would take the surplus for row names and shift every column.
         raise DataError(
