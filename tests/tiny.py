@@ -36,6 +36,8 @@ def write_model(folder: Path) -> Path:
         num_attention_heads=2,
         intermediate_size=2 * WIDTH,
         max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         pad_token_id=0,
     )
     with torch.random.fork_rng():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel
-from transformers import EarlyStoppingCallback, Trainer, set_seed
+from transformers import EarlyStoppingCallback, Trainer
 
 import ranktune
 from ranktune.recipe import Recipe, recipe_text
@@ -70,6 +70,11 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
         task.tokenize(prepared.data.evaluation, tokenizer),
     )
     model = adapted(pretrained(prepared.source, task, recipe), prepared.config, recipe.train.seed)
+    sizes = _sizes(model)
+    display.say(
+        f"{recipe.method['name']} on {prepared.source.name}: {len(ranktune.ranks(model))} modules of total rank "
+        f"{sizes['total_rank']:,}, {sizes['trainable_params']:,} of {sizes['total_params']:,} parameters trainable"
+    )
     directory.start()
     atomic.write_text(directory.recipe, recipe_text(recipe))
     with EventLog(directory.log) as log:
@@ -95,8 +100,6 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
             data=prepared.data.description,
         )
         before = scores_only(trainer.evaluate())
-        # Scoring draws random numbers too (the loader's seeds): training must not depend on how often it was done.
-        set_seed(recipe.train.seed)
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,8 @@ def method_config(method: dict[str, Any], file: str, task_type: str | None = Non
     Raises:
         ConfigError: the configuration class refuses a value, for whatever reason it gives.
     """
-    values = {name: value for name, value in method.items() if name != "name"}
+    # PEFT extends the lists it is given in place (modules_to_save): the recipe keeps its own.
+    values = copy.deepcopy({name: value for name, value in method.items() if name != "name"})
     try:
         return method_class(method, file)(task_type=task_type, **values)
     except (TypeError, ValueError) as error:

@@ -90,11 +90,12 @@ class RunDirectory:
         """The events of `log.jsonl`; a last line torn by a crash is left out."""
         self._require(self.log)
         events = []
-        for number, line in enumerate(self.log.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 events.append(json.loads(line))
             except json.JSONDecodeError as error:
-                if number == len(events) + 1 and not self.metrics.exists():
+                if number == len(lines):
                     break
                 raise RecipeError(f"{self.log}, line {number} is not JSON: {error}.") from error
         return events
