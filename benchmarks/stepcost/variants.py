@@ -1,0 +1,83 @@
+"""The table of what is compared: one row per way to adapt a model. A new method is one new row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig
+from torch import nn
+from torch.optim import Optimizer
+
+from ranktune import DoraConfig, RankConfig
+
+# From rank, adapter dropout and target modules.
+MakeConfig = Callable[[int, float, list[str]], PeftConfig]
+AfterStep = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the comparison.
+
+    Attributes:
+        name: its word on the command line and in the JSON.
+        label: its name in tables and charts.
+        config: makes its PEFT config; None is the model without an adapter.
+        attach: called once with the adapted model and its optimizer; what it returns is called with the step number
+            (from 1) after every optimizer step, inside the timed part. None where the method needs no such call.
+        timed: whether the default run times it, or only counts its bytes.
+    """
+
+    name: str
+    label: str
+    config: MakeConfig | None
+    attach: Callable[[nn.Module, Optimizer], AfterStep] | None = None
+    timed: bool = True
+
+
+def _peft_lora(**options: Any) -> MakeConfig:
+    return lambda r, dropout, targets: LoraConfig(
+        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, **options
+    )
+
+
+def _peft_adalora(r: int, dropout: float, targets: list[str]) -> PeftConfig:
+    """Start at 1.5 r and allocate every 10 steps, as its authors do; long enough that every step is in that phase."""
+    return AdaLoraConfig(
+        init_r=round(1.5 * r),
+        target_r=r,
+        deltaT=10,
+        total_step=1_000_000,
+        lora_alpha=2 * r,
+        lora_dropout=dropout,
+        target_modules=targets,
+    )
+
+
+def _attach_adalora(model: nn.Module, optimizer: Optimizer) -> AfterStep:  # noqa: ARG001  (every row's signature)
+    return cast(AdaLoraModel, model.base_model).update_and_allocate
+
+
+def _ours(config_class: type[RankConfig], **options: Any) -> MakeConfig:
+    return lambda r, dropout, targets: config_class(
+        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, **options
+    )
+
+
+FROZEN = "frozen"
+REFERENCE = "peft-lora"
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(FROZEN, "frozen model", None),
+        Variant(REFERENCE, "PEFT LoRA", _peft_lora()),
+        Variant("peft-dora", "PEFT DoRA", _peft_lora(use_dora=True)),
+        Variant("peft-adalora", "PEFT AdaLoRA", _peft_adalora, _attach_adalora),
+        Variant("lora", "ranktune lora", _ours(RankConfig)),
+        Variant("dora", "ranktune dora", _ours(DoraConfig)),
+        Variant("dora-exact", "ranktune dora exact", _ours(DoraConfig, detach_norm=False), timed=False),
+    )
+}
