@@ -77,8 +77,7 @@ class Task(ABC):
             substitute = tokenizer.eos_token or tokenizer.unk_token
             if substitute is None:
                 raise RecipeError(
-                    f"model: the tokenizer of '{path}' has neither a padding, an end-of-text nor an unknown "
-                    "token, "
+                    f"model: the tokenizer of '{path}' has neither a padding, an end-of-text nor an unknown token, "
                     "so batches cannot be padded. Set its pad_token and save it again."
                 )
             tokenizer.pad_token = substitute

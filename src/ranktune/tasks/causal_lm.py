@@ -118,9 +118,8 @@ class CausalLM(Task):
                 room = self.max_length - len(start) - len(answer)
                 if room < 0:
                     raise RecipeError(
-                        f"data.max_length: the completion '{text[:40]}...' alone takes "
-                        f"{self.max_length - room} tokens, more than {self.max_length}. "
-                        f"Set {self.max_length - room} or more, or shorten it."
+                        f"data.max_length: the completion '{text[:40]}...' alone takes {self.max_length - room} "
+                        f"tokens, more than {self.max_length}. Set {self.max_length - room} or more, or shorten it."
                     )
                 context = start + prompt[max(0, len(prompt) - room) :]
                 encoded["input_ids"].append(context + answer)

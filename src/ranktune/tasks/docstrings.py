@@ -97,9 +97,8 @@ def docstrings() -> tuple[Docstring, ...]:
     ]
     if not found:
         raise DataError(
-            f"data.source: 'stdlib-docstrings' needs the standard library's source files, and {root} has "
-            "none. "
-            "Use a Python that ships them, or give a file of your own."
+            f"data.source: 'stdlib-docstrings' needs the standard library's source files, and {root} has none. Use "
+            "a Python that ships them, or give a file of your own."
         )
     return tuple(found[position] for position in distinct([example.text for example in found]))
 

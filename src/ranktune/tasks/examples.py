@@ -86,8 +86,8 @@ def _check_text(value: Any, row: int, column: str, split: str, *, may_be_empty: 
         raise DataError(f"data: {where} has nothing in the column '{column}'. Fill it or remove the row.")
     if not isinstance(value, str):
         raise DataError(
-            f"data: {where} has a {type(value).__name__} in the column '{column}', which should hold text. "
-            "Choose another column in data.columns."
+            f"data: {where} has a {type(value).__name__} in the column '{column}', which should hold text. Choose "
+            "another column in data.columns."
         )
     if not may_be_empty and not value.strip():
         raise DataError(f"data: {where} has an empty text in the column '{column}'. Fill it or remove the row.")

@@ -144,12 +144,12 @@ def _no_split(role: str, asked: str | None, folder: Path, splits: dict[str, tupl
     names = [file.name for files in splits.values() for file in files]
     if asked is None:
         return (
-            f"data.{role}: no file of '{folder}' is named like the {role} split ({', '.join(TRAIN_NAMES)}). "
-            f"Set data.{role} to one of: {', '.join(names)}."
+            f"data.{role}: no file of '{folder}' is named like the {role} split ({', '.join(TRAIN_NAMES)}). Set "
+            f"data.{role} to one of: {', '.join(names)}."
         )
     return (
-        f"data.{role}: '{folder}' has no file or split '{asked}'.{did_you_mean(asked, [*names, *splits])} "
-        f"It has: {', '.join(names)}."
+        f"data.{role}: '{folder}' has no file or split '{asked}'.{did_you_mean(asked, [*names, *splits])} It has: "
+        f"{', '.join(names)}."
     )
 
 
@@ -185,8 +185,7 @@ def _header(file: Path, recipe: DataRecipe) -> list[str]:
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise DataError(
-            f"data.header: '{file.name}' has two columns named '{repeated}'. Rename one, or, if the first "
-            "row is "
+            f"data.header: '{file.name}' has two columns named '{repeated}'. Rename one, or, if the first row is "
             "already an example, set data.header: false."
         )
     if not second:
@@ -194,8 +193,8 @@ def _header(file: Path, recipe: DataRecipe) -> list[str]:
     if len(second) > len(names):
         # pandas would take the surplus for row names and shift every column.
         raise DataError(
-            f"data.source: row 1 of '{file.name}' has {len(second)} cells, the header {len(names)}. "
-            "Check data.delimiter and data.quoting."
+            f"data.source: row 1 of '{file.name}' has {len(second)} cells, the header {len(names)}. Check "
+            "data.delimiter and data.quoting."
         )
     return names
 

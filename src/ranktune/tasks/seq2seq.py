@@ -79,8 +79,7 @@ class Seq2Seq(Task):
             for ids, target in zip(labels, rows["target"], strict=True):
                 if len(ids) > self.max_target_length:
                     raise RecipeError(
-                        f"data.max_target_length: the target '{target[:40]}...' takes {len(ids)} tokens, "
-                        "more than "
+                        f"data.max_target_length: the target '{target[:40]}...' takes {len(ids)} tokens, more than "
                         f"{self.max_target_length}. Set {len(ids)} or more, or shorten it."
                     )
             return {**encoded, "labels": labels}

@@ -32,9 +32,8 @@ def split_off(texts: Sequence[str], fraction: float) -> tuple[list[int], list[in
     train = [row for row, digest in enumerate(hashes) if digest > limit]
     if not train:
         raise DataError(
-            f"data.evaluation_fraction: {len(texts)} examples with {len(set(texts))} different texts cannot "
-            "be split "
-            "into training and evaluation. Give more examples or a split of your own (data.evaluation)."
+            f"data.evaluation_fraction: {len(texts)} examples with {len(set(texts))} different texts cannot be "
+            "split into training and evaluation. Give more examples or a split of your own (data.evaluation)."
         )
     return train, evaluation
 

@@ -64,6 +64,6 @@ def check_words(task: str | None, columns: Iterable[str], metric: str | None) ->
     metrics = list(dict.fromkeys(name for words in considered for name in words.metrics))
     if metric is not None and metric not in metrics:
         raise RecipeError(
-            f"data.metric: '{metric}' is not a metric of {where}.{did_you_mean(metric, metrics)} "
-            f"Known: {', '.join(metrics)}."
+            f"data.metric: '{metric}' is not a metric of {where}.{did_you_mean(metric, metrics)} Known: "
+            f"{', '.join(metrics)}."
         )
