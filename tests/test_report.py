@@ -103,6 +103,13 @@ def test_rank_maps_have_readable_labels(ranks: dict[str, int]) -> None:
     assert sorted(written) == (sorted(ranks.values()) if len(ranks) <= 600 else [])
 
 
+def test_long_titles_stay_inside_the_picture() -> None:
+    figure = rank_map_figure({"fc1": 3}, "Rank of each module: dynamic-dora on a-model-with-a-very-long-name-indeed")
+    figure.draw_without_rendering()
+    title = next(text for text in figure.axes[0].get_children() if isinstance(text, Text) and text.get_text())
+    assert title.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_curves_follow_the_log() -> None:
     events = [
         {"event": "evaluation", "step": 0, "loss": 2.0, "accuracy": 0.1},

@@ -51,7 +51,8 @@ def _line(axes: Axes, points: list[tuple[int, float]], label: str, color: str, m
     if points:
         steps, values = zip(*points, strict=True)
         # A single point has no line: without a marker it would be invisible.
-        axes.plot(steps, values, color=color, label=label, marker=marker or ("o" if len(points) == 1 else None))
+        marker = marker or ("o" if len(points) == 1 else None)
+        axes.plot(steps, values, color=color, label=label, marker=marker, clip_on=False, zorder=3)
 
 
 def _label(axes: Axes, point: tuple[int, float], neighbour: tuple[int, float], side: int) -> None:

@@ -18,12 +18,12 @@ def draw_run(directory: RunDirectory) -> list[Path]:
     """
     events, ranks = directory.read_events(), directory.read_ranks()["final"]
     start = next((event for event in events if event["event"] == "start"), {})
-    run = f"{start.get('method', 'run')} on {start.get('model', 'model')}"
+    run = f"{start.get('method', 'run')} on {Path(start.get('model', 'model')).name}"
     metric = start.get("metric", "loss")
     figures = (
         loss_figure(events, f"Loss: {run}"),
         metric_figure(events, metric, f"{metric.replace('_', ' ').capitalize()} on the evaluation split: {run}"),
-        rank_map_figure(ranks, f"Rank of each module: {run}, total {sum(ranks.values())}"),
+        rank_map_figure(ranks, f"Rank of each module: {run}, total {sum(ranks.values()):,}"),
     )
     for path, figure in zip(directory.pictures, figures, strict=True):
         save(figure, path)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ranktune.report.style import SEQUENTIAL, new_figure
+from ranktune.report.style import SEQUENTIAL, new_figure, put_title
 
 # Above this many cells, numbers in them would no longer be readable.
 _NUMBERED_CELLS = 600
@@ -61,7 +61,7 @@ def rank_map_figure(ranks: Mapping[str, int], title: str) -> Figure:
     _ticks(axes, grid)
     if grid.ranks.size <= _NUMBERED_CELLS:
         _numbers(axes, grid.ranks, highest)
-    axes.set_title(title, loc="left", fontsize=11)
+    put_title(axes, title)
     axes.set_xlabel("layer")
     bar = figure.colorbar(image, ax=axes, label="rank", boundaries=np.linspace(0, highest, 256), pad=0.02)
     bar.locator = MaxNLocator(integer=True, nbins=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -24,9 +25,15 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def put_title(axes: Axes, title: str) -> None:
+    """A title at the left, broken into lines where the figure ends: layout makes room for lines, not for width."""
+    inches = axes.get_figure(root=True).get_figwidth()  # pyright: ignore[reportOptionalMemberAccess]
+    axes.set_title(textwrap.fill(title, int(10 * inches)), loc="left", fontsize=11)
+
+
 def dress(axes: Axes, title: str, x: str, y: str) -> None:
     """Title, axis labels, and no more lines than the reader needs."""
-    axes.set_title(title, loc="left", fontsize=11)
+    put_title(axes, title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -32,7 +33,9 @@ def plan_table(plan: Plan) -> Table:
 
 def summary_table(metrics: dict[str, Any]) -> Table:
     """What a run achieved and what it cost, from its `metrics.json`."""
-    table = Table(show_header=False, title=f"{metrics['method']} on {metrics['model']}", title_justify="left")
+    table = Table(
+        show_header=False, title=f"{metrics['method']} on {Path(metrics['model']).name}", title_justify="left"
+    )
     table.add_column(style="bold")
     table.add_column(justify="right")
     metric = str(metrics["metric"]).replace("_", " ")
