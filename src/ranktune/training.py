@@ -19,10 +19,10 @@ from ranktune.run.directory import RunDirectory
 from ranktune.run.display import Display, DisplayCallback
 from ranktune.run.events import EventCallback, EventLog, scores_only
 from ranktune.run.memory import PeakMemory
-from ranktune.run.model import adapted, pretrained, skeleton
+from ranktune.run.model import adapted, pretrained
 from ranktune.run.prepare import Prepared, prepare
 from ranktune.run.session import build_trainer, libraries_quiet
-from ranktune.run.targets import Plan, plan
+from ranktune.run.targets import Plan
 
 _VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -46,7 +46,12 @@ def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool
     directory.refuse_unless_writable(overwrite)
     with libraries_quiet():
         prepared = prepare(recipe, file)
+        plan = prepared.plan
         display.say(prepared.data.description)
+        display.say(
+            f"{recipe.method['name']} on {prepared.source.name}: {len(plan.modules)} modules of total rank "
+            f"{plan.rank:,}, {plan.trainable:,} trainable parameters ({plan.trainable / plan.total:.2%} of the model)"
+        )
         return _run(prepared, directory, display)
 
 
@@ -57,8 +62,7 @@ def rehearse(recipe: Recipe, file: str | Path) -> Plan:
         RecipeError, DataError, ConfigError: something in the recipe cannot work.
     """
     with libraries_quiet():
-        prepared = prepare(recipe, file)
-        return plan(prepared.config, lambda: skeleton(prepared.source, prepared.task, prepared.data))
+        return prepare(recipe, file).plan
 
 
 def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[str, Any]:
@@ -70,11 +74,6 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
         task.tokenize(prepared.data.evaluation, tokenizer),
     )
     model = adapted(pretrained(prepared.source, task, recipe), prepared.config, recipe.train.seed)
-    sizes = _sizes(model)
-    display.say(
-        f"{recipe.method['name']} on {prepared.source.name}: {len(ranktune.ranks(model))} modules of total rank "
-        f"{sizes['total_rank']:,}, {sizes['trainable_params']:,} of {sizes['total_params']:,} parameters trainable"
-    )
     directory.start()
     atomic.write_text(directory.recipe, recipe_text(recipe))
     with EventLog(directory.log) as log:

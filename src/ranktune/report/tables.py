@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 def plan_table(plan: Plan) -> Table:
     """Every module a recipe would adapt, and the totals."""
     table = Table(title="Modules to adapt", title_justify="left", show_footer=True)
-    rank = sum(module.rank for module in plan.modules)
     table.add_column("module", footer=f"{len(plan.modules)} modules", overflow="fold")
     table.add_column("weight (out x in)", justify="right", no_wrap=True)
-    table.add_column("rank", justify="right", footer=f"{rank:,}")
+    table.add_column("rank", justify="right", footer=f"{plan.rank:,}")
     table.add_column("parameters", justify="right", footer=f"{plan.adapter:,}")
     for module in plan.modules:
         table.add_row(module.name, f"{module.shape[0]} x {module.shape[1]}", str(module.rank), f"{module.parameters:,}")

@@ -13,14 +13,14 @@ from ranktune.recipe import Recipe
 from ranktune.recipe.choices import method_config
 from ranktune.run.arguments import training_arguments
 from ranktune.run.model import skeleton
-from ranktune.run.targets import check_targets
+from ranktune.run.targets import Plan, check_targets, plan
 from ranktune.tasks import Data, Task, build_task, check_source, load_data
 from ranktune.tasks.models import ModelSource, resolve_model
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked recipe: where its model is, its data, its task, and what configures the method and the trainer."""
+    """A checked recipe: its model's place, data and task, the method's and trainer's settings, and what it adapts."""
 
     recipe: Recipe
     source: ModelSource
@@ -28,6 +28,7 @@ class Prepared:
     task: Task
     config: RankConfig
     arguments: TrainingArguments
+    plan: Plan
 
 
 def prepare(recipe: Recipe, file: str | Path) -> Prepared:
@@ -45,8 +46,9 @@ def prepare(recipe: Recipe, file: str | Path) -> Prepared:
     task = build_task(recipe.data, data)
     arguments = training_arguments(recipe, task)
     config = method_config(_with_new_head(recipe.method, task), str(file), task_type=task.peft_task_type)
-    check_targets(config, skeleton(source, task, data))
-    return Prepared(recipe, source, data, task, config, arguments)
+    model = skeleton(source, task, data)
+    check_targets(config, model)
+    return Prepared(recipe, source, data, task, config, arguments, plan(config, model))
 
 
 def _with_new_head(method: dict[str, Any], task: Task) -> dict[str, Any]:

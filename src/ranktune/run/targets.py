@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import peft
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ranktune.adapters import updates
@@ -29,7 +31,10 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe would train. `other` counts trainable parameters outside the adapter (a new head)."""
+    """What a recipe would train.
+
+    `other` counts trainable parameters outside the adapter (a new head); `total` the model's with its adapter.
+    """
 
     modules: list[PlannedModule]
     adapter: int
@@ -38,7 +43,13 @@ class Plan:
 
     @property
     def trainable(self) -> int:
+        """Trainable parameters, adapter and others."""
         return self.adapter + self.other
+
+    @property
+    def rank(self) -> int:
+        """The total rank."""
+        return sum(module.rank for module in self.modules)
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
@@ -54,7 +65,8 @@ def check_targets(config: RankConfig, model: nn.Module) -> None:
     """
     linear = adaptable_modules(model)
     everything = [name for name, _ in model.named_modules() if name]
-    if config.target_modules != "all-linear":
+    # PEFT's own word for every linear layer, in any case.
+    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         _check_names("target_modules", config.target_modules, linear, everything)
     _check_names("exclude_modules", config.exclude_modules, everything, everything)
     _check_names("modules_to_save", config.modules_to_save, everything, everything)
@@ -100,15 +112,21 @@ def _ends(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 
 
-def plan(config: RankConfig, build: Callable[[], nn.Module]) -> Plan:
-    """Put the adapter on a model without storage and read off what it would train."""
-    with torch.device("meta"):
-        base = build()
-        total = sum(parameter.numel() for parameter in base.parameters())
-        shapes = {name: _shape(base.get_submodule(name)) for name in adaptable_modules(base)}
-        model = peft.get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
+def plan(config: RankConfig, skeleton: nn.Module) -> Plan:
+    """Put the adapter on a model without storage, and read off what it would train.
+
+    Raises:
+        RecipeError: PEFT or the method finds nothing to adapt, or something it cannot adapt.
+    """
+    shapes = {name: _shape(skeleton.get_submodule(name)) for name in adaptable_modules(skeleton)}
+    try:
+        with torch.device("meta"):
+            model = peft.get_peft_model(cast(PreTrainedModel, skeleton), copy.deepcopy(config))
+    except (ValueError, NotImplementedError) as error:
+        raise RecipeError(f"section 'method' cannot be put on this model: {error}") from error
     modules = [PlannedModule(name, shapes[name], update.rank, _trainable(update)) for name, update in updates(model)]
     adapter = sum(module.parameters for module in modules)
+    total = sum(parameter.numel() for parameter in model.parameters())
     return Plan(modules, adapter, _trainable(model) - adapter, total)
 
 
