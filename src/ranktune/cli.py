@@ -100,8 +100,8 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Recipe keys to set for this run, values as in YAML: train.epochs=1 'data.labels=[no, yes]'.",
+            metavar="KEY=VALUE",
+            help="Recipe keys to set for this run, values as in YAML: train.epochs=1 data.columns.text=body.",
             show_default=False,
         ),
     ] = None,
@@ -116,8 +116,10 @@ def train(
 ) -> None:
     """Train what a recipe describes, and score it before and after.
 
-    The output directory gets the adapter (load it with PEFT), metrics.json, ranks.json, log.jsonl, the complete
-    recipe and pictures. Mistakes in the recipe are refused, with exit code 2, before a model is loaded.
+    The output directory gets the adapter (load it with PEFT), metrics.json,
+    ranks.json, log.jsonl, pictures, and the complete recipe. Mistakes in the
+    recipe are refused, with exit code 2, before the model's weights are loaded.
+    --dry-run shows every key a recipe can have, with its default.
 
     [bold]Examples[/bold]
 
@@ -164,7 +166,8 @@ def evaluate(
 ) -> None:
     """Score a finished run again, from its recipe, its adapter and the base model.
 
-    On the same machine and data this gives exactly the score that training ended with.
+    On the same machine and data this gives exactly the score that training
+    ended with. Changed data is noticed, and said.
 
     [bold]Examples[/bold]
 
