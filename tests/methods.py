@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ranktune import DoraConfig, RankConfig
+from ranktune import DoraConfig, DynamicDoraConfig, RankConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ ROWS = [
     Row("dora", DoraConfig),
     Row("dora-exact", DoraConfig, {"detach_norm": False}),
     Row("dora-low-rank-path", DoraConfig, {"dora_dropout": "low_rank_path"}),
+    Row("dynamic-dora", DynamicDoraConfig),
+    Row("dynamic-dora-decomposed", DynamicDoraConfig, {"use_dora": True}),
 ]
 
 

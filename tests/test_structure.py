@@ -13,11 +13,11 @@ SOURCE = Path(ranktune.__file__).parent
 
 # Each floor may import its own and the floors before it. A package name stands for everything in it.
 FLOORS = [
-    {"errors", "lowrank", "magnitude"},
-    {"config", "norm_cache", "update"},
+    {"errors", "lowrank", "magnitude", "schedule", "allocation"},
+    {"config", "norm_cache", "update", "policy"},
     {"methods"},
-    {"peft_compat", "tuner", "adapters"},
-    {"recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
+    {"peft_compat", "tuner", "adapters", "optimizer_state", "controller", "compaction"},
+    {"integrations", "recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
 ]
 # What pure maths may import besides the standard library.
 FLOOR_0_LIBRARIES = {"torch", "ranktune"}

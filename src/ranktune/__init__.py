@@ -15,20 +15,28 @@ import wrapt
 
 if TYPE_CHECKING:
     from ranktune.adapters import active_parameters, parameter_groups, ranks, total_rank
+    from ranktune.compaction import compact
     from ranktune.config import RankConfig
+    from ranktune.controller import ControllerError, RankController
     from ranktune.errors import ConfigError, DataError, RanktuneError, RecipeError
-    from ranktune.methods import DoraConfig
+    from ranktune.integrations.trainer import RankCallback
+    from ranktune.methods import DoraConfig, DynamicDoraConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ConfigError": "ranktune.errors",
+    "ControllerError": "ranktune.controller",
     "DataError": "ranktune.errors",
     "DoraConfig": "ranktune.methods",
+    "DynamicDoraConfig": "ranktune.methods",
+    "RankCallback": "ranktune.integrations.trainer",
     "RankConfig": "ranktune.config",
+    "RankController": "ranktune.controller",
     "RanktuneError": "ranktune.errors",
     "RecipeError": "ranktune.errors",
     "active_parameters": "ranktune.adapters",
+    "compact": "ranktune.compaction",
     "parameter_groups": "ranktune.adapters",
     "ranks": "ranktune.adapters",
     "total_rank": "ranktune.adapters",
@@ -36,12 +44,17 @@ _HOME = {
 
 __all__ = [
     "ConfigError",
+    "ControllerError",
     "DataError",
     "DoraConfig",
+    "DynamicDoraConfig",
+    "RankCallback",
     "RankConfig",
+    "RankController",
     "RanktuneError",
     "RecipeError",
     "active_parameters",
+    "compact",
     "parameter_groups",
     "ranks",
     "total_rank",

@@ -16,6 +16,8 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ranktune.errors import ConfigError, did_you_mean
+from ranktune.policy import Layout, RankPolicy
+from ranktune.update import LowRankUpdate
 
 # The name under which PEFT knows every method of ours: one type, one tuner, the config's `method` tells them apart.
 PEFT_TYPE = "RANKTUNE"
@@ -32,6 +34,8 @@ class RankConfig(PeftConfig):
     """
 
     method_name: ClassVar[str] = "lora"
+    # Whether components have trained gates, with a policy that moves ranks by them.
+    gated: ClassVar[bool] = False
     # Set on configs that were read from a saved adapter: what they name was resolved on the model they were saved from.
     saved: ClassVar[bool] = False
 
@@ -129,6 +133,19 @@ class RankConfig(PeftConfig):
                 "layers itself."
             )
 
+    @property
+    def start_rank(self) -> int:
+        """How many components a module gets at the start, where ``rank_pattern`` does not say otherwise."""
+        return self.r
+
+    def reset_parameters(self, update: LowRankUpdate) -> None:
+        """Give a fresh update its starting values."""
+        update.reset_parameters(identity=self.init_weights)
+
+    def policy(self, layout: Layout, total_steps: int) -> RankPolicy | None:  # noqa: ARG002
+        """The rule that moves ranks over a run of so many optimizer steps, or None where they are fixed."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data, sets as sorted lists, so that saved files do not change from run to run."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
@@ -184,6 +201,13 @@ def require_count(config: RankConfig, name: str, at_least: int) -> None:
     value = getattr(config, name)
     if not _is_count(value) or value < at_least:
         raise ConfigError(f"{name}={value!r} must be a whole number, at least {at_least}.")
+
+
+def require_share(config: RankConfig, name: str) -> None:
+    """Refuse a field that is not a number in [0, 1)."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ConfigError(f"{name}={value!r} must be a number in [0, 1).")
 
 
 def _is_count(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,14 @@ _CLOCK = _OptimizerClock()
 
 @dataclass(frozen=True)
 class _Cached:
-    """Norms, what they were computed from, and copies of A and B where comparing them by value is cheap."""
+    """Norms, what they were computed from, and copies of the factors where comparing them by value is cheap."""
 
     norms: Tensor
     marks: tuple[object, ...]
     copies: tuple[Tensor, ...]
 
-    def holds_for(self, marks: tuple[object, ...], *factors: Tensor) -> bool:
-        return self.marks == marks and all(map(torch.equal, self.copies, factors))
+    def holds_for(self, marks: tuple[object, ...], sources: Sequence[Tensor]) -> bool:
+        return self.marks == marks and all(map(torch.equal, self.copies, sources))
 
 
 class NormCache:
@@ -48,7 +49,7 @@ class NormCache:
 
     A mark is the tensor's storage, its version and the optimizer clock; the storage is held by a weak reference, so
     that its address cannot come back as another tensor's. Writes through ``.data`` outside an optimizer leave all three
-    alone: on the CPU, where reading a tensor costs no synchronisation, A and B are compared by value as well.
+    alone: on the CPU, where reading a tensor costs no synchronisation, the factors are compared by value as well.
 
     Copies and pickles are empty: a cache belongs to the tensors it was computed from.
     """
@@ -74,14 +75,14 @@ class NormCache:
         return self._squared
 
     @torch.no_grad()
-    def norms(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """``||W_j + s (B A)_j||`` [out], without history."""
+    def norms(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, sources: Sequence[Tensor]) -> Tensor:
+        """``||W_j + s (B A)_j||`` [out], without history; ``sources`` are the tensors that A and B were made from."""
         squared = self.squared(weight)
-        if not _cacheable(weight, A, B):
+        if not _cacheable(weight, *sources):
             return row_norms(weight, squared, A, B, scale, guard=not torch.compiler.is_compiling())
-        marks = (self._weight_mark, _mark(A, follows_optimizer=True), _mark(B, follows_optimizer=True), scale)
-        if self._cached is None or not self._cached.holds_for(marks, A, B):
-            copies = (A.detach().clone(), B.detach().clone()) if A.device.type == "cpu" else ()
+        marks = (self._weight_mark, scale, *(_mark(source, follows_optimizer=True) for source in sources))
+        if self._cached is None or not self._cached.holds_for(marks, sources):
+            copies = tuple(source.detach().clone() for source in sources if source.device.type == "cpu")
             self._cached = _Cached(row_norms(weight, squared, A, B, scale), marks, copies)
         return self._cached.norms
 

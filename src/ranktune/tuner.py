@@ -70,17 +70,18 @@ class RankLayer(nn.Module, BaseTunerLayer):
             config: its configuration.
             key: the module's name, which ``rank_pattern`` and ``alpha_pattern`` are matched against.
         """
-        r = pattern_value(config.rank_pattern, key, config.r)
+        r = pattern_value(config.rank_pattern, key, config.start_rank)
         alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
         update = LowRankUpdate(
             self.in_features,
             self.out_features,
             r,
+            gated=config.gated,
             dropout=config.lora_dropout,
             detach_norm=config.detach_norm,
             dora_dropout=config.dora_dropout,
         )
-        update.reset_parameters(identity=config.init_weights)
+        config.reset_parameters(update)
         self.r[adapter_name] = r
         self.scaling[adapter_name] = alpha / (r**0.5 if config.use_rslora else r)
         self.ranktune_update[adapter_name] = update
@@ -121,7 +122,10 @@ class RankLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         names = [] if self.merged else [name for name in self.active_adapters if name in self.ranktune_update]
         if len(names) == 1 and not args and not kwargs and self._can_fuse():
-            return self.update_of(names[0])(x, self.frozen(), self.scaling[names[0]])
+            update = self.update_of(names[0])
+            if update.needs_controller and self.training and torch.is_grad_enabled():
+                warn_without_controller(names[0])
+            return update(x, self.frozen(), self.scaling[names[0]])
         output = self.base_layer(x, *args, **kwargs)
         if names and self.quantization_backend is not None:
             output = self.quantization_backend.maybe_clone_base_result(output)
@@ -284,6 +288,16 @@ class RankTuner(BaseTuner):
                 "set_adapter and run the samples of each adapter as a batch of their own."
             )
         yield
+
+
+def warn_without_controller(adapter: str) -> None:
+    """Say that an adapter whose ranks should move is being trained without anybody to move them."""
+    warnings.warn(
+        f"adapter {adapter!r} is being trained without a controller, so its ranks stay as they are. In a Trainer add "
+        "callbacks=[ranktune.RankCallback()]; in a loop of your own make ranktune.RankController(model, optimizer, "
+        "total_steps=...) before it.",
+        stacklevel=3,
+    )
 
 
 def refuse_unmatched_targets(config: RankConfig, model: nn.Module) -> None:

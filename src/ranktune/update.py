@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,31 +34,49 @@ class Base:
 
 
 class LowRankUpdate(nn.Module):
-    """``s B A``, with a magnitude per output row where the adapter is weight-decomposed.
+    """``s B diag(gate) A``, with a magnitude per output row where the adapter is weight-decomposed.
 
     Args:
         in_features, out_features: the base layer's shape.
-        r: rank.
+        capacity: R, the number of rank-1 components there is room for.
+        gated: whether each component has a trained gate, and with it a rank state that a policy moves.
         dropout: probability on the update's input, in training.
         detach_norm: whether the norm is a constant in backward (DoRA section 4.3).
         dora_dropout: see `ranktune.config.RankConfig`.
 
     Attributes:
-        lora_A: [r, in]. lora_B: [out, r].
+        lora_A: [R, in]. lora_B: [out, R].
+        gate: [R], at least float32, or None.
         lora_magnitude_vector: m [out], at least float32, or None.
+        rank_active: [R] bool, the components that count as the rank; rank_average: [R], the policy's running average;
+            rank_step: [1] int64, optimizer steps done. None without gates. They are saved with the weights.
     """
 
-    # Kept at float32 or wider when the module is cast: in bfloat16 a decomposed layer is no identity at the start.
-    _wide = ("lora_magnitude_vector",)
-
+    gate: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
+    rank_active: Tensor | None
+    rank_average: Tensor | None
+    rank_step: Tensor | None
+
+    # The dimension along which each tensor lists the components.
+    COMPONENT_DIM: ClassVar[dict[str, int]] = {
+        "lora_A": 0,
+        "lora_B": 1,
+        "gate": 0,
+        "rank_active": 0,
+        "rank_average": 0,
+    }
+    # Kept at float32 or wider when the module is cast: in bfloat16 a decomposed layer is no identity at the start, and
+    # a running average or a gate would stop moving.
+    _WIDE = ("gate", "lora_magnitude_vector", "rank_average")
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        r: int,
+        capacity: int,
         *,
+        gated: bool = False,
         dropout: float = 0.0,
         detach_norm: bool = True,
         dora_dropout: Literal["both_paths", "low_rank_path"] = "both_paths",
@@ -67,15 +85,43 @@ class LowRankUpdate(nn.Module):
         self.dropout = dropout
         self.detach_norm = detach_norm
         self.drop_base_path = dora_dropout == "both_paths"
-        self.lora_A = nn.Parameter(torch.empty(r, in_features))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r))
+        self.lora_A = nn.Parameter(torch.empty(capacity, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, capacity))
+        self.register_parameter("gate", nn.Parameter(torch.ones(capacity)) if gated else None)
         self.register_parameter("lora_magnitude_vector", None)
+        self.register_buffer("rank_active", torch.ones(capacity, dtype=torch.bool) if gated else None)
+        self.register_buffer("rank_average", torch.zeros(capacity) if gated else None)
+        self.register_buffer("rank_step", torch.zeros(1, dtype=torch.int64) if gated else None)
+        # Set by a controller: whether nobody moves the ranks that should be moved, and whether they still will be.
+        self.needs_controller = gated
+        self.ranks_will_move = False
         self._cache = NormCache()
 
     @property
-    def rank(self) -> int:
-        """The number of rank-1 components."""
+    def capacity(self) -> int:
+        """R, the number of components there is room for."""
         return self.lora_A.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The number of components in use."""
+        return self.capacity if self.rank_active is None else int(self.rank_active.sum())
+
+    def required_gate(self) -> nn.Parameter:
+        """The gate of an update that has one."""
+        if self.gate is None:
+            raise AttributeError("this update has no gate: its method does not move ranks")
+        return self.gate
+
+    def keep_components(self, kept: Tensor) -> None:
+        """Drop all components but those at the indices ``kept`` [k], for good.
+
+        Every Parameter stays the object it is, so an optimizer's references hold; gradients are dropped.
+        """
+        for name, dim in self.COMPONENT_DIM.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                _replace_data(tensor, tensor.data.index_select(dim, kept.to(tensor.device)).contiguous())
 
     @property
     def decomposed(self) -> bool:
@@ -104,19 +150,20 @@ class LowRankUpdate(nn.Module):
             return 0
         squared = self._cache.squared(weight)
         with torch.no_grad():
-            norms = row_norms(weight, squared, self.lora_A, self.lora_B, scale)
+            norms = row_norms(weight, squared, self.lora_A, self._gated_columns(), scale)
         self.lora_magnitude_vector = nn.Parameter(norms)
         return int((squared == 0).sum())
 
     def forward(self, x: Tensor, base: Base, scale: float) -> Tensor:
         """The adapted layer's output [..., out] for x [..., in], through the fused op."""
-        offset = self._gain_offset(base.weight, scale) if self.decomposed else None
+        B = self._gated_columns()
+        offset = self._gain_offset(base.weight, B, scale) if self.decomposed else None
         return low_rank_linear(
             x,
             base.weight,
             base.bias,
             self.lora_A,
-            self.lora_B,
+            B,
             scale,
             offset=offset,
             dropout=self.dropout if self.training else 0.0,
@@ -133,7 +180,8 @@ class LowRankUpdate(nn.Module):
         dtype = base_output.dtype
         dropout = self.dropout if self.training else 0.0
         dropped = F.dropout(x.to(dtype), dropout)
-        low_rank = F.linear(F.linear(dropped, self.lora_A.to(dtype)), self.lora_B.to(dtype)) * scale
+        B = self._gated_columns()
+        low_rank = F.linear(F.linear(dropped, self.lora_A.to(dtype)), B.to(dtype)) * scale
         if not self.decomposed:
             return low_rank
         layer = base()
@@ -141,29 +189,35 @@ class LowRankUpdate(nn.Module):
             unscaled = F.linear(dropped, layer.weight.to(dtype))
         else:
             unscaled = base_output if layer.bias is None else base_output - layer.bias
-        return (low_rank + self._gain_offset(layer.weight, scale) * (unscaled + low_rank)).to(dtype)
+        return (low_rank + self._gain_offset(layer.weight, B, scale) * (unscaled + low_rank)).to(dtype)
 
     def delta_weight(self, weight: Tensor, scale: float) -> Tensor:
         """``W' - W`` [out, in], at least float32: what forward adds in evaluation."""
         wide = norm_dtype(weight.dtype)
-        delta = scale * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        B = self._gated_columns()
+        delta = scale * (B.to(wide) @ self.lora_A.to(wide))
         if self.decomposed:
-            delta = delta + self._gain_offset(weight, scale).unsqueeze(1) * (weight.to(wide) + delta)
+            delta = delta + self._gain_offset(weight, B, scale).unsqueeze(1) * (weight.to(wide) + delta)
         return delta
 
-    def _gain_offset(self, weight: Tensor, scale: float) -> Tensor:
-        """``m / ||W + s B A|| - 1`` [out]."""
+    def _gated_columns(self) -> Tensor:
+        """``B diag(gate)`` [out, R]."""
+        return self.lora_B if self.gate is None else self.lora_B * self.gate
+
+    def _gain_offset(self, weight: Tensor, B: Tensor, scale: float) -> Tensor:
+        """``m / ||W + s B A|| - 1`` [out], for the gated B."""
         if self.detach_norm or not torch.is_grad_enabled():
-            norms = self._cache.norms(weight, self.lora_A, self.lora_B, scale)
+            sources = [self.lora_A, self.lora_B] if self.gate is None else [self.lora_A, self.lora_B, self.gate]
+            norms = self._cache.norms(weight, self.lora_A, B, scale, sources)
         else:
             guard = not torch.compiler.is_compiling()
             squared = self._cache.squared(weight)
-            norms = row_norms(weight, squared, self.lora_A, self.lora_B, scale, guard=guard)
+            norms = row_norms(weight, squared, self.lora_A, B, scale, guard=guard)
         return gain_offset(cast(Tensor, self.lora_magnitude_vector), norms)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankUpdate:
         """Move or cast the tensors, keeping the wide ones at least float32."""
-        before = {name: tensor.detach() for name in self._wide if (tensor := getattr(self, name)) is not None}
+        before = {name: tensor.detach() for name in self._WIDE if (tensor := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             now = getattr(self, name)
@@ -171,3 +225,31 @@ class LowRankUpdate(nn.Module):
                 values = now if old.is_meta or now.is_meta else old.to(now.device)
                 now.data = values.to(norm_dtype(now.dtype))
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load, taking the number of components from the file: a compacted adapter has fewer than it started with."""
+        saved = state_dict.get(f"{prefix}lora_A")
+        if saved is not None and saved.ndim == 2 and saved.shape[0] != self.capacity:
+            self._resize(saved.shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _resize(self, capacity: int) -> None:
+        """Make room for another number of components, without values."""
+        for name, dim in self.COMPONENT_DIM.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                shape = list(tensor.shape)
+                shape[dim] = capacity
+                _replace_data(tensor, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+
+
+def _replace_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor data of another shape, without its gradient.
+
+    While any graph of an earlier step is alive, its gradient accumulator still expects the old shape; torch makes a new
+    one only where the data's type changes, so it changes once in between.
+    """
+    tensor.grad = None
+    if tensor.is_floating_point():
+        tensor.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+    tensor.data = data

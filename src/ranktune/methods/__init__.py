@@ -1,5 +1,6 @@
 """The methods, one paper a file. Importing this package registers them all."""
 
 from ranktune.methods.dora import DoraConfig
+from ranktune.methods.dynamic_dora import DynamicDoraConfig
 
-__all__ = ["DoraConfig"]
+__all__ = ["DoraConfig", "DynamicDoraConfig"]

@@ -1,0 +1,369 @@
+"""`RankController`: the only object that changes ranks while a model trains.
+
+It rides on the optimizer's own step hooks, so the same code serves a raw loop, `transformers.Trainer` and anything
+built on accelerate. Before a step it looks at the gradients; after one it measures, asks the policy and carries out
+what it decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ranktune.adapters import updates
+from ranktune.config import RankConfig
+from ranktune.errors import ConfigError, RanktuneError
+from ranktune.optimizer_state import forget_components, warn_if_unknown
+from ranktune.policy import Layout, RankState
+from ranktune.tuner import RankLayer
+from ranktune.update import LowRankUpdate
+
+logger = logging.getLogger("ranktune")
+
+# After so many steps in a row without a finite gradient the run is stopped.
+_PATIENCE = 20
+
+
+class ControllerError(RanktuneError, RuntimeError):
+    """Training went on without the controller, or cannot go on with it."""
+
+
+@dataclass(frozen=True)
+class RankChange:
+    """One module's rank, changed.
+
+    Attributes:
+        step: optimizer steps done when it changed.
+        module: its name in the unwrapped model.
+        old, new: rank before and after.
+        score: mean running average of the components that are active after the change; None where none is.
+    """
+
+    step: int
+    module: str
+    old: int
+    new: int
+    score: float | None
+
+
+class RankController:
+    """Moves the ranks of one adapter through a run of ``total_steps`` optimizer steps.
+
+    Nothing has to be called: it is attached to the optimizer when made, and `close` detaches it. Gradient accumulation
+    does not matter, since it counts optimizer steps; a step that an AMP scaler skips is no step.
+
+    Args:
+        model: the PEFT model.
+        optimizer: the optimizer that steps the adapter; accelerate's wrapper is unwrapped.
+        total_steps: optimizer steps of the whole run, earlier parts of a resumed run included.
+        adapter_name: which adapter; the active one by default.
+        penalty_in_loss: the caller adds `penalty` to the loss, and no gradient is added here. Penalties otherwise act
+            after gradient clipping, once per optimizer step.
+
+    Attributes:
+        history: one `RankChange` per module and change, oldest first.
+        skipped: steps that were not taken because a gradient was not finite.
+
+    Raises:
+        ConfigError: the adapter's method does not move ranks, its budget cannot be met in so many steps, or the
+            optimizer does not hold every adapter parameter exactly once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        total_steps: int,
+        *,
+        adapter_name: str | None = None,
+        penalty_in_loss: bool = False,
+    ) -> None:
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ConfigError(f"total_steps={total_steps!r} must be a whole number of optimizer steps, at least 1.")
+        self.model = model
+        self.optimizer = plain_optimizer(optimizer)
+        self.total_steps = total_steps
+        self.adapter_name = adapter_name or active_adapter(model)
+        self.penalty_in_loss = penalty_in_loss
+        config = adapter_config(model, self.adapter_name)
+        named = list(updates(model, self.adapter_name))
+        self._updates = [update for _, update in named]
+        self._layout = _layout([name for name, _ in named], self._updates)
+        policy = config.policy(self._layout, total_steps)
+        if policy is None:
+            raise ConfigError(
+                f"adapter {self.adapter_name!r} is a {config.method!r} adapter, whose ranks do not move: it needs no "
+                "controller."
+            )
+        self.policy = policy
+        self._refuse_unless_optimized()
+        self.history: list[RankChange] = []
+        self.skipped = 0
+        self._skipping = False
+        self._skipped_in_a_row = 0
+        self._acted = False
+        self._step_version: tuple[int, int] | None = None
+        self._step = 0
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._refuse_if_compacted_too_early(config)
+        self._mark(in_charge=True)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, as the adapter's own state has it: a loaded checkpoint moves it."""
+        counter = cast(Tensor, self._updates[0].rank_step)
+        version = (id(counter), counter._version)
+        if version != self._step_version:
+            self._step, self._step_version = int(counter), version
+        return self._step
+
+    def ranks(self) -> dict[str, int]:
+        """Module name to its number of active components."""
+        return {name: update.rank for name, update in zip(self._layout.modules, self._updates, strict=True)}
+
+    def total_rank(self) -> int:
+        """The active components of all modules together."""
+        return sum(self.ranks().values())
+
+    def budget(self) -> int:
+        """What the active components may cost at this step, in ranks or in parameters."""
+        return self.policy.budget(self.step)
+
+    def penalty(self) -> Tensor:
+        """The method's regulariser as a scalar, for a loss of one's own (with ``penalty_in_loss=True``)."""
+        if not self.policy.penalises(self.step):
+            return torch.zeros((), device=self._updates[0].lora_A.device)
+        return self.policy.penalty(self._updates)
+
+    def close(self) -> None:
+        """Detach from the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._mark(in_charge=False)
+
+    def finish(self) -> None:
+        """Detach, and make sure that the controller did its work.
+
+        Raises:
+            ControllerError: no optimizer step ever reached it.
+        """
+        self.close()
+        if not self._acted:
+            raise ControllerError(
+                f"the controller of adapter {self.adapter_name!r} never saw an optimizer step, so no rank was chosen. "
+                "Give RankController the optimizer that is stepped (with accelerate: the prepared one, or the one "
+                "inside it), and make it before training starts."
+            )
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Look at the gradients: skip the step where one is not finite, else add the regulariser's."""
+        self._skipping = _amp_found_inf(optimizer) or self._drop_non_finite(optimizer)
+        if self._skipping or self.penalty_in_loss or not self.policy.penalises(self.step):
+            return
+        scale = getattr(optimizer, "grad_scale", None)
+        with torch.no_grad():
+            for parameter, gradient in self.policy.penalty_gradients(self._updates):
+                if parameter.grad is not None:
+                    parameter.grad.add_(gradient if scale is None else gradient * scale)
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        """Count the step, measure, and carry out what the policy decides."""
+        if self._skipping:
+            return
+        self._acted = True
+        was_final = self.policy.is_final(self.step)
+        self._advance()
+        if self.policy.measures(self.step):
+            state = self.policy.observe(self._state(), self.policy.measure(self._updates))
+            self._write("rank_average", state.average)
+            chosen = self.policy.decide(state)
+            if chosen is not None:
+                self._choose(state, chosen.to(state.active.device))
+        if was_final:
+            self._zero_inactive()
+
+    def _choose(self, state: RankState, chosen: Tensor) -> None:
+        """Make the chosen components the active ones; for good when ranks can no longer change."""
+        self._record(state, chosen)
+        self._write("rank_active", chosen)
+        self._zero_inactive()
+        if self.policy.is_final(state.step):
+            warn_if_unknown(self.optimizer)
+            for update, active in zip(self._updates, chosen, strict=True):
+                forget_components(self.optimizer, update, (~active).nonzero().squeeze(1))
+            self._mark(in_charge=True)
+
+    def _mark(self, in_charge: bool) -> None:
+        """Tell the adapter whether somebody moves its ranks, and whether they still will."""
+        final = self.policy.is_final(self.step)
+        for update in self._updates:
+            update.needs_controller = not in_charge
+            update.ranks_will_move = in_charge and not final
+
+    def _zero_inactive(self) -> None:
+        for update in self._updates:
+            update.required_gate().masked_fill_(~cast(Tensor, update.rank_active), 0.0)
+
+    def _record(self, state: RankState, chosen: Tensor) -> None:
+        old, new = state.active.sum(1).tolist(), chosen.sum(1).tolist()
+        scores = (state.average * chosen).sum(1).div(chosen.sum(1).clamp_min(1)).tolist()
+        for module, before, after, score in zip(self._layout.modules, old, new, scores, strict=True):
+            if before != after:
+                self.history.append(RankChange(state.step, module, before, after, score if after else None))
+
+    def _state(self) -> RankState:
+        device = self._updates[0].lora_A.device
+        return RankState(
+            self.step,
+            torch.stack([cast(Tensor, update.rank_active).to(device) for update in self._updates]),
+            torch.stack([cast(Tensor, update.rank_average).to(device) for update in self._updates]),
+        )
+
+    def _write(self, name: str, rows: Tensor) -> None:
+        for update, row in zip(self._updates, rows, strict=True):
+            getattr(update, name).copy_(row)
+
+    def _advance(self) -> None:
+        done = self.step + 1
+        for update in self._updates:
+            cast(Tensor, update.rank_step).fill_(done)
+        self._step_version = None
+
+    def _drop_non_finite(self, optimizer: Optimizer) -> bool:
+        """Set every gradient to None where one is not finite in any process, which makes the step do nothing."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = _all_finite([parameter.grad for parameter in parameters])
+        if finite:
+            self._skipped_in_a_row = 0
+            return False
+        culprit = self._first_non_finite()
+        for parameter in parameters:
+            parameter.grad = None
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        logger.warning("step %d skipped: a gradient is not finite (%s)", self.step + 1, culprit)
+        if self._skipped_in_a_row >= _PATIENCE:
+            raise ControllerError(
+                f"{_PATIENCE} optimizer steps in a row had gradients that are not finite, first in {culprit}. Lower "
+                "the learning rate, clip gradients, or train in float32 or bfloat16."
+            )
+        return True
+
+    def _first_non_finite(self) -> str:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                return name
+        return "another process"
+
+    def _refuse_if_compacted_too_early(self, config: RankConfig) -> None:
+        if self.policy.is_final(self.step):
+            return
+        for name, update in zip(self._layout.modules, self._updates, strict=True):
+            if update.capacity != config.start_rank:
+                self.close()
+                raise ConfigError(
+                    f"{name} has {update.capacity} components where a run starts with {config.start_rank}: the adapter "
+                    "was compacted, and its ranks are final. Start from a checkpoint, or train it as it is without a "
+                    "controller."
+                )
+
+    def _refuse_unless_optimized(self) -> None:
+        """Every trainable adapter parameter has to be in exactly one optimizer group."""
+        counts: dict[int, int] = {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+        for module, update in zip(self._layout.modules, self._updates, strict=True):
+            for name, parameter in update.named_parameters():
+                if counts.get(id(parameter), 0) != 1:
+                    raise ConfigError(
+                        f"{name} of {module} is in {counts.get(id(parameter), 0)} optimizer groups, not in one: make "
+                        "the optimizer from ranktune.parameter_groups(model, lr, weight_decay) after the adapter was "
+                        "added."
+                    )
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's wrapper, or the one given.
+
+    Raises:
+        ConfigError: DeepSpeed's optimizers, which own the parameters and do not run torch's step hooks.
+    """
+    # accelerate's wrapper is itself an Optimizer by class, but has no hooks.
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if type(optimizer).__module__.startswith("deepspeed") or "DeepSpeed" in type(optimizer).__name__:
+        raise ConfigError(
+            f"{type(optimizer).__name__} partitions the parameters and runs no step hooks: ranks cannot be moved under "
+            "DeepSpeed. Use DDP or FSDP2 through accelerate."
+        )
+    return optimizer
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> RankConfig:
+    """The configuration of one of our adapters on a model.
+
+    Raises:
+        ConfigError: there is no adapter of that name, or it is not one of ours.
+    """
+    # A distributed wrapper has the PEFT model inside it.
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    configs: dict[str, Any] = next((configs for configs in found if isinstance(configs, dict)), {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, RankConfig):
+        raise ConfigError(
+            f"the model has no ranktune adapter {adapter_name!r}; its adapters are {sorted(configs) or 'none'}."
+        )
+    return config
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the first active adapter of ours on a model.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, RankLayer):
+            return module.active_adapters[0]
+    raise ConfigError("the model has no ranktune adapter: add one with peft.get_peft_model(model, config) first.")
+
+
+def _layout(names: Sequence[str], adapter: Sequence[LowRankUpdate]) -> Layout:
+    costs = [update.lora_A.shape[1] + update.lora_B.shape[0] + 1 for update in adapter]
+    return Layout(tuple(names), torch.tensor(costs, dtype=torch.int64))
+
+
+def _amp_found_inf(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler found an overflow and hands the step to a fused optimizer that will not take it."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found > 0)
+
+
+def _all_finite(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether every gradient is finite in every process."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    norms = torch._foreach_norm(present) if present else []  # pyright: ignore[reportPrivateImportUsage]
+    device = present[0].device if present else torch.device("cpu")
+    flag = torch.zeros(1, device=device)
+    if norms:
+        flag += (~torch.isfinite(torch.stack([norm.to(device) for norm in norms]))).any()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return not bool(flag)
+
+
+def history_records(history: Sequence[RankChange]) -> list[dict[str, Any]]:
+    """The history as plain data, for ``ranks.json``."""
+    return [asdict(change) for change in history]

@@ -1,0 +1,304 @@
+"""The controller in any loop: its clock, its refusals, bad gradients, compaction, and resuming."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+
+import ranktune
+from ranktune import ConfigError, ControllerError, DynamicDoraConfig, RankConfig, RankController
+from ranktune.adapters import updates
+from tests.methods import TARGETS, build_base, inputs
+from tests.test_dynamic_dora import STEPS, build, optimizer_of, train
+
+
+def snapshot(model, optimizer):
+    tensors = {name: value.clone() for name, value in model.state_dict().items() if "ranktune_" in name}
+    moments = [
+        value.clone()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return tensors, moments
+
+
+def assert_same(first, second):
+    assert first[0].keys() == second[0].keys()
+    assert all(torch.equal(value, second[0][name]) for name, value in first[0].items())
+    assert len(first[1]) == len(second[1])
+    assert all(map(torch.equal, first[1], second[1]))
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9, 12, 13, 29, 30, 31, 45])
+def test_resuming_is_bitwise(stop, tmp_path):
+    """Before, at and after prunings, at the final one and after it: weights, averages, masks, moments."""
+
+    def fresh():
+        torch.manual_seed(0)
+        model = build(lora_dropout=0.2)
+        return model, optimizer_of(model)
+
+    def run(model, optimizer, start, end):
+        for step in range(start, end):
+            torch.manual_seed(100 + step)
+            optimizer.zero_grad()
+            for micro in range(2):
+                (model(inputs(seed=2 * step + micro)) - 1.0).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = fresh()
+    controller = RankController(model, optimizer, STEPS)
+    run(model, optimizer, 0, stop)
+    model.save_pretrained(tmp_path)
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, stop, STEPS)
+    expected = snapshot(model, optimizer)
+
+    torch.manual_seed(55)
+    base = build_base("Linear")
+    resumed = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    again = optimizer_of(resumed)
+    again.load_state_dict(saved)
+    second = RankController(resumed, again, STEPS)
+    assert second.step == stop
+    run(resumed, again, stop, STEPS)
+    assert_same(snapshot(resumed, again), expected)
+    assert second.ranks() == controller.ranks()
+    assert second.history == [change for change in controller.history if change.step > stop]
+
+
+def test_state_loaded_after_the_controller_was_made_moves_its_clock():
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 20)
+    later = copy.deepcopy(model.state_dict())
+    other = build()
+    optimizer = optimizer_of(other)
+    controller = RankController(other, optimizer, STEPS)
+    train(other, optimizer, 3)
+    other.load_state_dict(later)
+    assert controller.step == 20
+    train(other, optimizer, 1)
+    assert controller.step == 21
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_changes_nothing(bad, caplog):
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 12)
+    before = snapshot(model, optimizer)
+    optimizer.zero_grad()
+    (model(inputs()) - 1.0).square().mean().backward()
+    model.base_model.model.wide.update_of("default").lora_A.grad[0, 0] = bad
+    optimizer.step()
+    assert_same(snapshot(model, optimizer), before)
+    assert controller.step == 12
+    assert controller.skipped == 1
+    assert "base_model.model.wide.ranktune_update.default.lora_A" in caplog.text
+    train(model, optimizer, STEPS - 12)
+    assert controller.total_rank() == 12
+
+
+def test_bad_gradients_without_end_stop_the_run_and_name_the_layer():
+    model = build()
+    optimizer = optimizer_of(model)
+    RankController(model, optimizer, STEPS)
+
+    def poisoned():
+        for _ in range(50):
+            optimizer.zero_grad()
+            model(inputs()).sum().backward()
+            model.base_model.model.narrow.update_of("default").gate.grad[0] = float("nan")
+            optimizer.step()
+
+    with pytest.raises(ControllerError, match=r"20 optimizer steps in a row .*narrow.*gate"):
+        poisoned()
+
+
+def test_steps_that_a_scaler_skips_do_not_count():
+    """The CPU scaler calls a fused optimizer on overflow too, with a flag instead of skipping."""
+    for fused in (False, True):
+        model = build()
+        optimizer = optimizer_of(model, fused=fused)
+        controller = RankController(model, optimizer, STEPS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = (model(inputs(seed=step)) - 1.0).square().mean()
+            scaler.scale(loss * (float("inf") if step in (1, 4) else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert controller.step == 4, f"fused={fused}"
+
+
+def test_under_a_scaler_the_penalty_is_that_of_full_precision():
+    paths = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = build(dem_weight=5.0)
+        optimizer = optimizer_of(model, fused=True)
+        RankController(model, optimizer, STEPS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scaled)
+        for step in range(5):
+            optimizer.zero_grad()
+            scaler.scale((model(inputs(seed=step)) - 1.0).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        paths.append(snapshot(model, optimizer)[0])
+    for name, value in paths[0].items():
+        torch.testing.assert_close(value, paths[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_accelerates_optimizer_is_unwrapped_and_accumulation_counted():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = build()
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    controller = RankController(model, optimizer, STEPS)
+    for step in range(10):
+        with accelerator.accumulate(model):
+            accelerator.backward((model(inputs(seed=step)) - 1.0).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert controller.step == 5
+
+
+def test_a_controller_that_never_acted_says_so():
+    model = build()
+    controller = RankController(model, optimizer_of(model), STEPS)
+    train(model, optimizer_of(model), 2)
+    with pytest.raises(ControllerError, match=r"never saw an optimizer step.*Give RankController the optimizer"):
+        controller.finish()
+
+
+def test_training_without_a_controller_warns_and_says_how_to_fix_it():
+    model = build()
+    with pytest.warns(UserWarning, match=r"without a controller.*RankCallback.*RankController"):
+        model(inputs()).sum().backward()
+    with torch.no_grad():
+        model(inputs())
+    model.eval()(inputs())
+
+
+def test_a_closed_controller_is_no_controller():
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 1)
+    controller.close()
+    with pytest.warns(UserWarning, match="without a controller"):
+        model(inputs()).sum().backward()
+    optimizer.step()
+    assert controller.step == 1
+
+
+def test_what_cannot_be_controlled_is_refused():
+    fixed = peft.get_peft_model(build_base("Linear"), RankConfig(target_modules=TARGETS))
+    with pytest.raises(ConfigError, match="'lora' adapter, whose ranks do not move"):
+        RankController(fixed, optimizer_of(fixed), STEPS)
+    with pytest.raises(ConfigError, match="no ranktune adapter: add one"):
+        RankController(build_base("Linear"), optimizer_of(fixed), STEPS)
+    model = build()
+    with pytest.raises(ConfigError, match="no ranktune adapter 'other'"):
+        RankController(model, optimizer_of(model), STEPS, adapter_name="other")
+    with pytest.raises(ConfigError, match="total_steps=0"):
+        RankController(model, optimizer_of(model), 0)
+    with pytest.raises(ConfigError, match=r"lora_A of square is in 0 optimizer groups.*parameter_groups"):
+        RankController(model, optimizer_of(fixed), STEPS)
+
+    class DeepSpeedOptimizer:
+        pass
+
+    with pytest.raises(ConfigError, match="under DeepSpeed"):
+        RankController(model, DeepSpeedOptimizer(), STEPS)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_compacting_keeps_the_output_and_training_goes_on_the_same(use_dora, kind, tmp_path):
+    torch.manual_seed(0)
+    model = build(use_dora=use_dora)
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = optimizer_of(model, kind, **options)
+    controller = RankController(model, optimizer, STEPS)
+    with pytest.raises(ConfigError, match="still being moved"):
+        ranktune.compact(model, optimizer)
+    train(model, optimizer, 40)
+    whole, whole_optimizer = copy.deepcopy((model, optimizer))
+    RankController(whole, whole_optimizer, STEPS)
+    expected = model.eval()(inputs())
+    identities = [id(p) for p in model.parameters()]
+    ranks = ranktune.compact(model, optimizer)
+    assert ranks == controller.ranks()
+    assert sum(ranks.values()) == 12
+    assert [id(p) for p in model.parameters()] == identities
+    for name, update in updates(model):
+        assert update.lora_A.shape[0] == update.lora_B.shape[1] == update.gate.shape[0] == ranks[name]
+        for parameter in (update.lora_A, update.lora_B, update.gate):
+            for value in optimizer.state[parameter].values():
+                assert value.numel() in (1, parameter.numel())
+    torch.testing.assert_close(model(inputs()), expected, rtol=1e-6, atol=1e-6)
+
+    train(model.train(), optimizer, 20, seed=40)
+    train(whole.train(), whole_optimizer, 20, seed=40)
+    torch.testing.assert_close(model.eval()(inputs()), whole.eval()(inputs()), rtol=1e-4, atol=1e-5)
+
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = peft.PeftModel.from_pretrained(build_base("Linear"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert ranktune.ranks(loaded) == ranks
+        assert torch.equal(loaded.eval()(inputs()), model(inputs()))
+
+
+def test_a_module_may_lose_every_component(tmp_path):
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 30)
+    with torch.no_grad():
+        update = model.base_model.model.wide.update_of("default")
+        update.rank_active.zero_()
+        update.gate.zero_()
+    expected = model.eval()(inputs())
+    controller.close()
+    assert ranktune.compact(model)["wide"] == 0
+    expected_exactly = model(inputs())
+    torch.testing.assert_close(expected_exactly, expected, rtol=1e-6, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build_base("Linear"), tmp_path)
+    assert torch.equal(loaded.eval()(inputs()), expected_exactly)
+
+
+def test_a_compacted_adapter_is_not_pruned_again():
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 30)
+    controller.close()
+    ranktune.compact(model)
+    for _, update in updates(model):
+        update.rank_step.zero_()
+    with pytest.raises(ConfigError, match="was compacted, and its ranks are final"):
+        RankController(model, optimizer, STEPS)
+
+
+def test_fixed_ranks_are_left_as_they_are_by_compact():
+    model = peft.get_peft_model(build_base("Linear"), RankConfig(r=3, target_modules=TARGETS))
+    assert ranktune.compact(model) == dict.fromkeys(TARGETS, 3)
+
+
+def test_two_adapters_and_one_controller():
+    model = build()
+    model.add_adapter("other", DynamicDoraConfig(r=2, target_modules=["wide"]))
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS, adapter_name="default")
+    train(model, optimizer, STEPS)
+    assert controller.total_rank() == 12
+    assert ranktune.ranks(model, "other") == {"wide": 3}
