@@ -57,10 +57,10 @@ def _run_pytest(layout: Path, results: Path, against: str, extra: list[str]) -> 
     workers = os.environ.get("WORKERS", "2")
     parallel = [] if workers == "0" else ["-n", workers]
     # our own pytest settings (warnings are errors) are not PEFT's: its folder is the root, with its own file
-    settings = ["-c", str(layout / "pytest.ini"), "--rootdir", str(layout), "-p", "no:cacheprovider"]
-    quiet = ["-q", "--disable-warnings"]
-    command = [sys.executable, "-m", "pytest", *settings, "-p", "peft_suite.plugin", *quiet, *parallel, *extra, *tests]
-    paths = [PROJECT / "tests", layout, layout / "stubs", *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = ["-c", str(layout / "pytest.ini"), "--rootdir", str(layout), "-q", "--disable-warnings"]
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.peft_suite.plugin"]
+    command = [sys.executable, "-m", "pytest", *settings, *plugins, *parallel, *extra, *tests]
+    paths = [PROJECT, layout, layout / "stubs", *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",

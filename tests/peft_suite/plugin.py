@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -59,8 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for marker in metafunc.definition.iter_markers("parametrize"):
             if marker.args[0] == names:
                 marker.args[1][:] = cases(_subjects)
-    if selection.is_rewritten(test):
-        chosen = _subjects[:1] if selection.is_for_one_config(test) else _subjects
+    if chosen := selection.rewritten_for(test, _subjects):
         metafunc.parametrize(stand_in_config.__name__, chosen, indirect=True, ids=lambda subject: subject.label)
 
 
@@ -93,22 +93,20 @@ def stand_in_config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     explanations = read_explanations() if is_about_ours() else []
-    kept, left_out, unknown = [], [], []
+    kept, left_out = [], []
     for item in items:
         selection = _selection_of(item.module)  # type: ignore[attr-defined]
         test = _test_name(item.cls, item.function)  # type: ignore[attr-defined]
-        subject = _config_of(item)
         if selection.reason_left_out(test) is not None:
             left_out.append(item)
-        elif subject is None:
-            unknown.append(f"{item.module.__name__}: {test}")  # type: ignore[attr-defined]
+            continue
+        subject = _config_of(item)
+        if subject is None:
+            item.runtest = partial(pytest.fail, f"selection.py says nothing about {test}", pytrace=False)
         else:
             item.user_properties.append((_OF_CONFIG, subject))
             _expect_explained_failure(item, explanations)
-            kept.append(item)
-    if unknown:
-        names = "\n  ".join(sorted(set(unknown)))
-        raise pytest.UsageError(f"selection.py says nothing about these tests of PEFT's:\n  {names}")
+        kept.append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 

@@ -1,7 +1,8 @@
 """Which of PEFT's tests are pointed at us, how, and why the others are not.
 
 Three ways in: a module's list of cases is replaced (`lists`), the values that one test is parametrised with are
-replaced (`values`), or a test written with `LoraConfig` in its body meets our config under that name (`rewritten`).
+replaced (`values`), or a test written with `LoraConfig` in its body meets our config under that name (`rewritten`,
+`for_one_config` where the test names its method itself, `for_fixed_ranks` where it sets ranks per module).
 Everything else must match a line of `left_out`, which gives the reason; a test that none of the four covers is an
 error, so that a new version of PEFT cannot slip tests past us.
 """
@@ -29,16 +30,20 @@ class Selection:
     values: dict[str, tuple[str, Cases]] = field(default_factory=dict)
     rewritten: tuple[str, ...] = ()
     for_one_config: tuple[str, ...] = ()
+    for_fixed_ranks: tuple[str, ...] = ()
     stands_in_for: str = "LoraConfig"
     skips_lifted: tuple[str, ...] = ()
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def is_rewritten(self, test: str) -> bool:
-        return self.reason_left_out(test) is None and _matches(test, self.rewritten + self.for_one_config)
-
-    def is_for_one_config(self, test: str) -> bool:
-        """Whether a rewritten test says itself which method it is about, so that one config class is enough."""
-        return _matches(test, self.for_one_config)
+    def rewritten_for(self, test: str, found: list[Subject]) -> list[Subject]:
+        """The config classes that a test meets under another's name: none where it is not rewritten."""
+        if self.reason_left_out(test) is not None:
+            return []
+        if _matches(test, self.for_one_config):
+            return found[:1]
+        if _matches(test, self.for_fixed_ranks):
+            return [subject for subject in found if subject.takes_rank_pattern()]
+        return found if _matches(test, self.rewritten) else []
 
     def reason_left_out(self, test: str) -> str | None:
         for reason, patterns in self.left_out.items():
@@ -164,11 +169,11 @@ TUNERS_UTILS = Selection(
     rewritten=(
         "TestTargetedModuleNames.test_*_targeted_module_*",
         "TestExcludedModuleNames.*",
-        "TestRankAndAlphaPattern.*",
         "TestBaseTunerWarnForTiedEmbeddings.*",
         "TestFindMinimalTargetModules.test_get_peft_modules_module_name_is_suffix_of_another_module",
         "TestModelAndLayerStatus.*",
     ),
+    for_fixed_ranks=("TestRankAndAlphaPattern.*",),
     left_out={
         OTHER_METHOD: (
             "*ia3*",

@@ -9,6 +9,9 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
+from ranktune.errors import ConfigError
+from tests.methods import ROWS, Row
+
 AGAINST = "PEFT_SUITE_AGAINST"  # "ours", or "stock": PEFT's own LoRA and DoRA, to tell its failures from ours
 
 Kwargs = dict[str, Any]
@@ -30,6 +33,14 @@ class Subject:
                 kwargs[self.init_keyword] = kwargs.pop(name)
         return self.config_cls(**{**self.kwargs, **kwargs})
 
+    def takes_rank_pattern(self) -> bool:
+        """Whether ranks can be set per module; methods that choose them refuse the field by name."""
+        try:
+            self.build(rank_pattern={"layer": 1})
+        except ConfigError:
+            return False
+        return True
+
     def random_init(self) -> Kwargs:
         """Keywords for an adapter that changes the output from the start."""
         return {**self.kwargs, self.init_keyword: False}
@@ -45,13 +56,17 @@ def load_subjects() -> list[Subject]:
             Subject("LoRA", LoraConfig, init_keyword="init_lora_weights"),
             Subject("DoRA", LoraConfig, {"use_dora": True}, init_keyword="init_lora_weights"),
         ]
-    import ranktune
+    first_rows: dict[type[PeftConfig], Row] = {}
+    for row in ROWS:
+        first_rows.setdefault(row.config_class, row)
+    return [_from_row(row) for row in first_rows.values()]
 
-    return [
-        Subject("RankConfig", ranktune.RankConfig),
-        # said although it is this class's default: the suite lowers its learning rate where it sees the keyword
-        Subject("DoraConfig", ranktune.DoraConfig, {"use_dora": True}),
-    ]
+
+def _from_row(row: Row) -> Subject:
+    """A config class as the shared table has it first."""
+    # said although it is the class's default: the suite lowers its learning rate where it sees the keyword
+    decomposed = {"use_dora": True} if row.config().use_dora else {}
+    return Subject(row.config_class.__name__, row.config_class, {**row.fields, **decomposed})
 
 
 _CUSTOM_MODELS: list[tuple[str, str, Kwargs]] = [
@@ -61,7 +76,7 @@ _CUSTOM_MODELS: list[tuple[str, str, Kwargs]] = [
     ("MLP both layers", "MLP", {"target_modules": ["lin0", "lin1"]}),
     ("MLP modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
     ("MLP dropout", "MLP", {"target_modules": ["lin0"], "lora_alpha": 4, "lora_dropout": 0.1}),
-    ("MLP rslora", "MLP", {"target_modules": ["lin0", "lin1"], "r": 4, "lora_alpha": 4, "use_rslora": True}),
+    ("MLP rslora", "MLP", {"target_modules": ["lin0", "lin1"], "r": 4, "lora_alpha": 2, "use_rslora": True}),
     ("MLP excluded", "MLP", {"target_modules": "lin.*", "exclude_modules": ["lin1"]}),
     ("MLP all-linear", "MLP", {"target_modules": "all-linear"}),
     (
@@ -89,6 +104,7 @@ def custom_model_cases(subjects: list[Subject]) -> list[tuple[str, str, type[Pef
         (f"{name} {subject.label}", model, subject.config_cls, {**kwargs, **subject.kwargs})
         for subject in subjects
         for name, model, kwargs in _CUSTOM_MODELS
+        if "rank_pattern" not in kwargs or subject.takes_rank_pattern()
     ]
 
 
