@@ -1,0 +1,49 @@
+"""Run under torchrun by test_ddp.py: two processes, different data, one bad gradient; prints what each ends with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+
+import peft
+import torch
+from accelerate import Accelerator
+
+import ranktune
+from ranktune import DynamicDoraConfig, RankController
+from tests.methods import TARGETS, build_base, inputs
+
+STEPS = 30
+
+
+def main() -> None:
+    """Train an adapter whose ranks move, through accelerate's DDP."""
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    torch.manual_seed(rank)  # DDP broadcasts the first process's weights
+    model = peft.get_peft_model(
+        build_base("Linear"), DynamicDoraConfig(r=4, target_modules=TARGETS, prune_interval=2, dem_weight=0.2)
+    )
+    optimizer = torch.optim.AdamW(ranktune.parameter_groups(model, 0.02, 0.01), lr=0.02)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    controller = RankController(model, optimizer, STEPS)
+    for step in range(STEPS + 1):
+        optimizer.zero_grad()
+        accelerator.backward((model(inputs(seed=1000 * rank + step)) - 1.0).square().mean())
+        if step == 10 and rank == 1:
+            # After the reduction, in one process only: both have to skip.
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
+        optimizer.step()
+    adapter = accelerator.unwrap_model(model)
+    digest = hashlib.sha256()
+    for name, value in sorted(adapter.state_dict().items()):
+        if "ranktune_" in name:
+            digest.update(value.numpy().tobytes())
+    result = {"rank": rank, "skipped": controller.skipped, "step": controller.step, "ranks": controller.ranks()}
+    sys.stdout.write("RESULT " + json.dumps({**result, "digest": digest.hexdigest()}) + "\n")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
