@@ -105,7 +105,9 @@ class LowRankUpdate(nn.Module):
     @property
     def rank(self) -> int:
         """The number of components in use."""
-        return self.capacity if self.rank_active is None else int(self.rank_active.sum())
+        if self.rank_active is None or self.rank_active.is_meta:
+            return self.capacity
+        return int(self.rank_active.sum())
 
     def required_gate(self) -> nn.Parameter:
         """The gate of an update that has one."""
