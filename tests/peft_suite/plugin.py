@@ -37,8 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     _lift_skips(importlib.import_module(f"{PACKAGE}.testing_common"), SKIPS_LIFTED_EVERYWHERE)
 
 
-def _lift_skips(module: ModuleType, helpers: tuple[str, ...]) -> None:
-    for name in helpers:
+def _lift_skips(module: ModuleType, functions: tuple[str, ...]) -> None:
+    for name in functions:
         _replace(module, name, lambda *_: None)
 
 

@@ -65,7 +65,7 @@ WEIGHTED = "add_weighted_adapter exists for LoRA and IA3 alone"
 MIXED = "PEFT mixes adapters within a batch for the methods it lists by name"
 TRAINABLE_TOKENS = "trainable_token_indices is LoRA's option"
 
-# Helpers that skip a test for every class outside a list of PEFT's own, for a feature that ours have: here, Conv1D.
+# Functions that skip a test for every class outside a list of PEFT's own, for a feature that ours have: here, Conv1D.
 SKIPS_LIFTED_EVERYWHERE = ("_skip_if_conv1d_not_supported",)
 
 MODEL = "model_cls, module_name"
