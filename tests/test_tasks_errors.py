@@ -78,6 +78,7 @@ def test_a_missing_file_names_its_neighbour(good):
     refuse(DataError, "data.source", "does not exist", source="reviewz.csv")
     refuse(DataError, "data.evaluation", "Did you mean 'reviews.csv'?", source=str(good), evaluation="review.csv")
     refuse(DataError, "data.train", source=str(good), train="train.csv")
+    refuse(DataError, "training file too", source=str(good), evaluation="reviews.csv")
 
 
 def test_a_misspelt_embedded_source_is_not_looked_up_on_the_hub():
@@ -91,6 +92,39 @@ def test_the_hub_out_of_reach_is_a_clear_error():
 def test_hub_settings_are_refused_for_local_files(good):
     refuse(RecipeError, "data.config", source=str(good), config="mrpc")
     refuse(RecipeError, "data.revision", source=str(good), revision="main")
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list:
+    """A hub that has one data set, and remembers what it was asked for."""
+    rows = {
+        name: [{"text": f"{name} {row}", "label": row % 2} for row in range(4)] for name in ("train", "test", "extra")
+    }
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((arguments, options))
+        return datasets.DatasetDict({name: datasets.Dataset.from_list(split) for name, split in rows.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_splits_of_the_hub(hub):
+    settings = {"source": "someone/data.v2", "config": "small", "revision": "abc"}
+    data = load_data(DataRecipe(**settings), seed=0)
+    assert hub == [(("someone/data.v2", "small"), {"revision": "abc"})]
+    assert (data.train["text"][0], data.evaluation["text"][0]) == ("train 0", "test 0")
+    chosen = load_data(DataRecipe(**settings, train="extra", evaluation="train"), seed=0)
+    assert (chosen.train["text"][0], chosen.evaluation["text"][0]) == ("extra 0", "train 0")
+
+
+def test_splits_that_the_hub_does_not_have(hub):
+    source = {"source": "someone/something", "early": False}
+    refuse(DataError, "data.train", "'extr'", "Did you mean 'extra'?", "train, test, extra", train="extr", **source)
+    refuse(DataError, "data.evaluation", "no split 'validation'", evaluation="validation", **source)
+    refuse(DataError, "data.evaluation", "training split too", evaluation="train", **source)
+    assert len(hub) == 3
 
 
 def test_unknown_formats_and_folders_without_data(tmp_path):

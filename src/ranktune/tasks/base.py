@@ -1,7 +1,4 @@
-"""What a task is.
-
-How its model, tokenizer, examples, batches and scores are made, all that a trainer needs.
-"""
+"""What a task is: the model, tokenizer, examples, batches and scores that a trainer needs."""
 
 from __future__ import annotations
 
@@ -72,8 +69,7 @@ class Task(ABC):
         """Load the tokenizer, with a padding token even where the model came without one."""
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
         if tokenizer.pad_token is None:
-            # Padding is masked out of attention and loss, so any token will do; the end of text is the
-            # custom.
+            # Padding is masked out of attention and loss, so any token will do; the end of text is the custom.
             substitute = tokenizer.eos_token or tokenizer.unk_token
             if substitute is None:
                 raise RecipeError(

@@ -63,6 +63,8 @@ def locate(recipe: DataRecipe) -> SplitFiles:
         file = source.parent / recipe.evaluation
         if not file.is_file():
             raise DataError(f"data.evaluation: {missing(file)}")
+        if file.samefile(source):
+            raise DataError(f"data.evaluation: '{recipe.evaluation}' is the training file too; choose another.")
         _builder(file, "data.evaluation")
         evaluation = (file,)
     return SplitFiles((source,), evaluation)
@@ -87,7 +89,7 @@ def read(files: Sequence[Path], recipe: DataRecipe) -> Dataset:
         options = _csv_options(files, recipe)
     try:
         return load_dataset(builder, data_files={"train": [str(file) for file in files]}, split="train", **options)
-    except (DatasetGenerationError, ValueError, UnicodeDecodeError) as error:
+    except (DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(
             f"data.source: {_names(files)} cannot be read as {builder}: {error.__cause__ or error}"
         ) from error
@@ -172,8 +174,7 @@ def _csv_options(files: Sequence[Path], recipe: DataRecipe) -> dict[str, Any]:
         "header": 0 if recipe.header else None,
         "quoting": csv.QUOTE_MINIMAL if recipe.quoting else csv.QUOTE_NONE,
         "encoding": "utf-8-sig",  # with or without a byte order mark
-        # Text in, text out: pandas would guess types block by block, and read the words NA and None as
-        # missing.
+        # Text in, text out: pandas would guess types block by block, and take the words NA and None for missing.
         "features": Features({name: Value("string") for name in names}),
         "na_filter": False,
     }

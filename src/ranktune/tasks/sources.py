@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ranktune.errors import DataError, RecipeError, did_you_mean
 from ranktune.tasks.docstrings import docstrings, in_evaluation
-from ranktune.tasks.files import EVALUATION_NAMES, TRAIN_NAMES, choose_split, columns_of, locate, read
+from ranktune.tasks.files import EVALUATION_NAMES, FORMATS, TRAIN_NAMES, choose_split, columns_of, locate, read
 from ranktune.tasks.paths import looks_like_path, missing
 from ranktune.tasks.roles import assign, candidates
 
@@ -60,7 +60,7 @@ def _is_local(source: str) -> bool:
     """Whether the source is a file or folder, not a hub name. Raises DataError for what can be neither."""
     if Path(source).expanduser().exists():
         return True
-    if looks_like_path(source) or _HUB_NAME.fullmatch(source) is None or Path(source).suffix:
+    if looks_like_path(source) or _HUB_NAME.fullmatch(source) is None or Path(source).suffix.lower() in FORMATS:
         raise DataError(f"data.source: {missing(Path(source).expanduser())}")
     if "/" not in source and (hint := did_you_mean(source, [EMBEDDED_SOURCE])):
         raise DataError(f"data.source: '{source}' is not a file or folder.{hint}")
@@ -125,4 +125,6 @@ def _hub(recipe: DataRecipe) -> RawData:
             raise DataError(
                 f"data.{role}: '{recipe.source}' has no split '{asked or role}'.{hint} It has: {', '.join(splits)}."
             )
+    if evaluation == train:
+        raise DataError(f"data.evaluation: '{evaluation}' is the training split too; choose another.")
     return RawData(splits[train or ""], splits[evaluation] if evaluation else None, recipe.source)

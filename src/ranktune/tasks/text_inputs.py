@@ -1,7 +1,4 @@
-"""What classification and regression share.
-
-One or two texts per example into an encoder with a scalar or class head.
-"""
+"""What classification and regression share: one or two texts go in, one vector from a new head comes out."""
 
 from __future__ import annotations
 
@@ -33,8 +30,7 @@ class TextInputTask(Task):
         config = AutoConfig.from_pretrained(path, revision=revision, **self._head())
         check_length("data.max_length", self.max_length, positions(config), "model")
         if config.pad_token_id is None:
-            # Decoders (GPT-2, Llama) find each row's last real token by this number and refuse batches
-            # without it.
+            # Decoders (GPT-2, Llama) find each row's last real token by this number, and need it for batches.
             config.pad_token_id = self.load_tokenizer(path, revision).pad_token_id
         return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=dtype, revision=revision)
 
