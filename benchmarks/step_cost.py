@@ -39,10 +39,12 @@ from stepcost.variants import Variant
 BLOCK_WIDTH, BLOCK_INTERMEDIATE, BLOCK_TOKENS, BLOCK_RANK = 1024, 2816, 128, 32
 BLOCK_DROPOUTS = (0.0, 0.05)
 
-NOTES = """\
-Frozen: the same model without an adapter, only its head trained; the input embeddings ask for a gradient in every
-variant, so backward goes through every layer in all of them. Ratios: medians over rounds, each formed within a round.
-Kept for backward: every storage that autograd holds after forward, once, without weights and input."""
+NOTES = (
+    "Frozen: the same model without an adapter, only its head trained; the input embeddings ask for a gradient in "
+    "every variant, so backward goes through every layer in all of them. Ratios: medians over rounds, each formed "
+    "within a round. Kept for backward: every storage that autograd holds after forward, counted once, weights and "
+    "input excluded; per token of a batch, and besides what does not grow with it."
+)
 console = Console()
 
 

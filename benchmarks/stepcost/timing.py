@@ -55,7 +55,7 @@ class TrainingStep:
         # Trainer's own choice of optimizer.
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-        self.after_step = variant.attach(model, self.optimizer) if variant.attach is not None else None
+        self.after_step = variant.attach(model, self.optimizer)
         self.model = torch.compile(model) if compiled else model
         self.steps = 0
 

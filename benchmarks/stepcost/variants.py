@@ -17,6 +17,10 @@ MakeConfig = Callable[[int, float, list[str]], PeftConfig]
 AfterStep = Callable[[int], Any]
 
 
+def _nothing(model: nn.Module, optimizer: Optimizer) -> None:  # noqa: ARG001  (every row's signature)
+    """Nothing moves ranks."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One row of the comparison.
@@ -25,15 +29,15 @@ class Variant:
         name: its word on the command line and in the JSON.
         label: its name in tables and charts.
         config: makes its PEFT config; None is the model without an adapter.
-        attach: called once with the adapted model and its optimizer; what it returns is called with the step number
-            (from 1) after every optimizer step, inside the timed part. None where the method needs no such call.
+        attach: called once with the adapted model and its optimizer, to set up whatever moves ranks. If it returns a
+            function, that is called with the step number (from 1) after every optimizer step, inside the timed part.
         timed: whether the default run times it, or only counts its bytes.
     """
 
     name: str
     label: str
     config: MakeConfig | None
-    attach: Callable[[nn.Module, Optimizer], AfterStep] | None = None
+    attach: Callable[[nn.Module, Optimizer], AfterStep | None] = _nothing
     timed: bool = True
 
 
