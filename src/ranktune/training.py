@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import Trainer
 
 import ranktune
+from ranktune.controller import history_records
+from ranktune.integrations.trainer import RankCallback, RankEarlyStoppingCallback
 from ranktune.recipe import Recipe, recipe_text
 from ranktune.report.plots import draw_run
 from ranktune.run import atomic
@@ -77,10 +79,11 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
     directory.start()
     atomic.write_text(directory.recipe, recipe_text(recipe))
     with EventLog(directory.log) as log:
-        events = EventCallback(log)
-        callbacks = [events, DisplayCallback(display, task.metric)]
+        ranks = RankCallback()
+        events = EventCallback(log, ranks)
+        callbacks = [ranks, events, DisplayCallback(display, task.metric)]
         if (patience := recipe.train.early_stopping_patience) is not None:
-            callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
+            callbacks.append(RankEarlyStoppingCallback(ranks, patience))
         trainer = build_trainer(
             prepared,
             model,
@@ -89,6 +92,7 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
             evaluation=examples[1],
             callbacks=callbacks,
         )
+        ranks.put_first(trainer)
         log.write(
             "start",
             method=recipe.method["name"],
@@ -102,10 +106,12 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
-        after = _final_scores(trainer, events)
+        # Before the final scores: they are to be those of the file that is saved.
+        compacted = _compact(model)
+        after = scores_only(trainer.evaluate()) if compacted else _final_scores(trainer, events)
         log.write("end", step=trainer.state.global_step, seconds=seconds)
     atomic.write_folder(directory.adapter, lambda folder: model.save_pretrained(str(folder)))
-    atomic.write_json(directory.ranks, {"final": ranktune.ranks(model), "history": []})
+    atomic.write_json(directory.ranks, {"final": ranktune.ranks(model), "history": history_records(ranks.history)})
     draw_run(directory)
     metrics = {
         "method": recipe.method["name"],
@@ -140,6 +146,13 @@ def _final_scores(trainer: Trainer, events: EventCallback) -> dict[str, float]:
     if unchanged and events.latest_scores_step == trainer.state.global_step:
         return events.latest_scores
     return scores_only(trainer.evaluate())
+
+
+def _compact(model: PeftModel | PeftMixedModel) -> bool:
+    """Drop the components that were pruned for good; whether there were any."""
+    before = ranktune.active_parameters(model)
+    ranktune.compact(model)
+    return ranktune.active_parameters(model) != before
 
 
 def _examples_seen(trainer: Trainer) -> int:

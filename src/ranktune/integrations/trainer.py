@@ -6,9 +6,16 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from ranktune.controller import RankController, active_adapter, adapter_config
+from ranktune.controller import RankChange, RankController, active_adapter, adapter_config
 
 
 class RankCallback(TrainerCallback):
@@ -28,6 +35,7 @@ class RankCallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.penalty_in_loss = penalty_in_loss
         self.controller: RankController | None = None
+        self._within_budget = False
 
     def on_train_begin(
         self,
@@ -48,6 +56,37 @@ class RankCallback(TrainerCallback):
             self.controller = RankController(
                 model, optimizer, state.max_steps, adapter_name=adapter, penalty_in_loss=self.penalty_in_loss
             )
+        self._within_budget = self.final
+
+    @property
+    def final(self) -> bool:
+        """Whether ranks no longer move: always so where they are fixed."""
+        return self.controller is None or self.controller.policy.is_final(self.controller.step)
+
+    @property
+    def history(self) -> list[RankChange]:
+        """Every change of a module's rank so far."""
+        return [] if self.controller is None else self.controller.history
+
+    def put_first(self, trainer: Trainer) -> None:
+        """Move this callback before the trainer's own, so that its trackers get the rank and the budget too."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        """Let only models within the budget compete for the best checkpoint."""
+        if not self._within_budget:
+            state.best_metric = None
+            state.best_global_step = None
+            state.best_model_checkpoint = None
+            self._within_budget = self.final
 
     def on_log(
         self,
@@ -74,3 +113,30 @@ class RankCallback(TrainerCallback):
         """Detach, and raise if no step ever reached the controller."""
         if self.controller is not None:
             self.controller.finish()
+
+
+class RankEarlyStoppingCallback(EarlyStoppingCallback):
+    """Transformers' early stopping, held back until ranks no longer move.
+
+    Stopping earlier would leave an adapter above its budget.
+
+    Args:
+        ranks: the trainer's `RankCallback`.
+        patience: evaluations without improvement before training stops.
+    """
+
+    def __init__(self, ranks: RankCallback, patience: int) -> None:
+        super().__init__(early_stopping_patience=patience)
+        self.ranks = ranks
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Count evaluations once the ranks are final."""
+        if self.ranks.final:
+            super().on_evaluate(args, state, control, metrics, **kwargs)

@@ -9,6 +9,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import ranktune
+from ranktune.controller import history_records
+from ranktune.integrations.trainer import RankCallback
 from ranktune.run.atomic import finite
 
 
@@ -31,12 +33,26 @@ class EventLog:
 
 
 class EventCallback(TrainerCallback):
-    """Writes the Trainer's logs and evaluations to an `EventLog`, and remembers the latest scores."""
+    """Writes the Trainer's logs, evaluations and rank changes to an `EventLog`, and remembers the latest scores."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventLog, ranks: RankCallback) -> None:
         self.log = log
+        self.ranks = ranks
+        self._changes_written = 0
         self.latest_scores: dict[str, float] = {}
         self.latest_scores_step = -1
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        """Every change of a module's rank in this step."""
+        for change in history_records(self.ranks.history[self._changes_written :]):
+            self.log.write("rank", **change)
+            self._changes_written += 1
 
     def on_log(
         self,
@@ -50,7 +66,8 @@ class EventCallback(TrainerCallback):
         """A step's loss, learning rate and gradient norm, with the total rank at that moment."""
         if not logs or "loss" not in logs:
             return  # scores come through on_evaluate, and the totals at the end through metrics.json
-        values = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm", "epoch") if name in logs}
+        names = ("loss", "learning_rate", "grad_norm", "epoch", "rank_budget")
+        values = {name: logs[name] for name in names if name in logs}
         self.log.write("step", step=state.global_step, **values, total_rank=sum(ranktune.ranks(model).values()))
 
     def on_evaluate(
