@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ranktune.magnitude import gain_offset, has_small_gain, norm_floor, row_norms, squared_row_norms
+from ranktune.magnitude import gain_offset, has_small_gain, row_norms, weight_norms
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -21,7 +21,7 @@ def dense(weight, A, B, scale) -> torch.Tensor:
 @pytest.mark.parametrize("scale", [0.02, 1.0, 16.0])
 def test_equals_the_dense_norm(dtype, out, inputs, r, scale):
     weight, A, B = draw(out, inputs, seed=0, dtype=dtype), draw(r, inputs, seed=1), draw(out, r, seed=2)
-    norms = row_norms(weight, squared_row_norms(weight), A, B, scale)
+    norms = row_norms(weight, weight_norms(weight), A, B, scale)
     assert norms.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(norms.double(), dense(weight, A, B, scale), rtol=1e-6, atol=0)
 
@@ -32,9 +32,9 @@ def test_rows_that_the_update_cancels_are_computed_densely():
     weight = -(B @ A)
     weight += 1e-4 * draw(30, 50, seed=3)
     expected = dense(weight, A, B, 1.0)
-    guarded = row_norms(weight, squared_row_norms(weight), A, B, 1.0)
+    guarded = row_norms(weight, weight_norms(weight), A, B, 1.0)
     torch.testing.assert_close(guarded.double(), expected, rtol=1e-3, atol=0)
-    unguarded = row_norms(weight, squared_row_norms(weight), A, B, 1.0, guard=False)
+    unguarded = row_norms(weight, weight_norms(weight), A, B, 1.0, guard=False)
     assert ((unguarded.double() - expected).abs() / expected).max() > 1e-2
 
 
@@ -42,16 +42,15 @@ def test_zero_rows_get_the_floor_and_a_finite_gain():
     weight = draw(20, 30, seed=0)
     weight[3] = 0.0
     A, B = draw(4, 30, seed=1), torch.zeros(20, 4)
-    squared = squared_row_norms(weight)
-    norms = row_norms(weight, squared, A, B, 1.0)
-    assert norms[3] == norm_floor(squared)
+    constants = weight_norms(weight)
+    norms = row_norms(weight, constants, A, B, 1.0)
+    assert norms[3] == constants.floor
     assert 0 < norms[3] <= 1e-6 * weight.norm(dim=1).mean() * 1.001
     assert torch.equal(gain_offset(norms.clone(), norms), torch.zeros(20))
 
 
 def test_an_all_zero_weight_still_has_a_floor():
-    squared = squared_row_norms(torch.zeros(4, 5))
-    assert norm_floor(squared) == pytest.approx(1e-12)
+    assert weight_norms(torch.zeros(4, 5)).floor == pytest.approx(1e-12)
 
 
 def test_exact_gradient_equals_the_dense_one():
@@ -59,7 +58,7 @@ def test_exact_gradient_equals_the_dense_one():
     A.requires_grad_()
     B.requires_grad_()
     coefficients = draw(12, seed=4).double()
-    ours = torch.autograd.grad((row_norms(weight, squared_row_norms(weight), A, B, 0.6) * coefficients).sum(), (A, B))
+    ours = torch.autograd.grad((row_norms(weight, weight_norms(weight), A, B, 0.6) * coefficients).sum(), (A, B))
     theirs = torch.autograd.grad(((weight + 0.6 * B @ A).norm(dim=1) * coefficients).sum(), (A, B))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
@@ -68,7 +67,7 @@ def test_exact_gradient_of_a_zero_row_is_finite():
     weight = draw(6, 9, seed=0)
     weight[2] = 0.0
     A, B = draw(3, 9, seed=1).requires_grad_(), torch.zeros(6, 3, requires_grad=True)
-    row_norms(weight, squared_row_norms(weight), A, B, 1.0).sum().backward()
+    row_norms(weight, weight_norms(weight), A, B, 1.0).sum().backward()
     assert torch.isfinite(B.grad).all()
     assert torch.isfinite(A.grad).all()
 
@@ -77,7 +76,7 @@ def test_no_dense_temporary_is_allocated():
     """The largest tensor made is [out, r] or [chunk, in]: never [out, in] beside a low-precision weight."""
     out, inputs, r = 6000, 512, 4
     weight, A, B = draw(out, inputs, seed=0, dtype=torch.bfloat16), draw(r, inputs, seed=1), draw(out, r, seed=2)
-    squared = squared_row_norms(weight)
+    constants = weight_norms(weight)
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -92,7 +91,7 @@ def test_no_dense_temporary_is_allocated():
             return result
 
     with Largest():
-        row_norms(weight, squared, A, B, 1.0)
+        row_norms(weight, constants, A, B, 1.0)
     assert 0 < largest <= 4 * 1024 * inputs
 
 

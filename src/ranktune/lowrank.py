@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Tokens per slice of a reduction over tokens on the CPU.
+_SLICE = 64
+
 
 def low_rank_linear(
     x: Tensor,
@@ -72,7 +75,7 @@ def _draw_dropped(x: Tensor, dropout: float) -> Tensor:
 
 def _zero(x: Tensor, dropped: Tensor | None) -> Tensor:
     """x with the dropped elements zeroed. The factor 1 / (1 - p) goes to the small side of each product."""
-    return x if dropped is None else x.masked_fill(dropped, 0.0)
+    return x if dropped is None else torch.where(dropped, x.new_zeros(()), x)
 
 
 def _gain_times(value: Tensor, offset: Tensor) -> Tensor:
@@ -86,8 +89,21 @@ def _gain_times(value: Tensor, offset: Tensor) -> Tensor:
 
 
 def _column_dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of a * b over tokens: [n, out], [n, out] -> [out]."""
-    return (a * b).sum(0, dtype=dtype)
+    """Sum of a * b over tokens: [n, out], [n, out] -> [out].
+
+    On the CPU in slices that stay in its cache, without an [n, out] temporary.
+    """
+    if a.device.type != "cpu" or a.dtype != dtype:
+        return (a * b).sum(0, dtype=dtype)
+    total = a.new_zeros(_SLICE, a.shape[1])
+    for a_rows, b_rows in zip(a.split(_SLICE), b.split(_SLICE), strict=True):
+        total[: a_rows.shape[0]].addcmul_(a_rows, b_rows)
+    return total.sum(0)
+
+
+def _column_sum(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of a over tokens: [n, out] -> [out]."""
+    return a.new_ones(a.shape[0]) @ a if a.dtype == dtype else a.sum(0, dtype=dtype)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -140,7 +156,7 @@ class _LowRankLinear(torch.autograd.Function):
             if y is not None and ctx.output._version == ctx.output_version:
                 d_offset = _column_dot(dy, y, offset.dtype)
                 if bias is not None:
-                    d_offset.sub_(bias * dy.sum(0, dtype=offset.dtype))
+                    d_offset.sub_(bias * _column_sum(dy, offset.dtype))
                 d_offset.div_(offset + 1.0)
             else:
                 unscaled = F.linear(x, weight.to(x.dtype)).addmm_(u, B.T, alpha=ctx.scale)

@@ -10,6 +10,8 @@ with W, where a dense norm needs three [out, in] ones. Everything is at least fl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,22 +28,33 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def squared_row_norms(weight: Tensor) -> Tensor:
-    """``||W_j||^2`` of a weight [out, in] as [out], at least float32."""
+@dataclass(frozen=True)
+class WeightNorms:
+    """What the norms need of the frozen weight alone.
+
+    Attributes:
+        squared: ``||W_j||^2`` [out], at least float32.
+        floor: the smallest norm a row may have, 1e-6 of the mean row norm (scalar), so that a zero row gives no 0 / 0.
+    """
+
+    squared: Tensor
+    floor: Tensor
+
+
+def weight_norms(weight: Tensor) -> WeightNorms:
+    """The constants of a frozen weight [out, in]."""
     wide = norm_dtype(weight.dtype)
-    return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(_CHUNK_ROWS)])
+    squared = torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(_CHUNK_ROWS)])
+    return WeightNorms(squared, squared.sqrt().mean().mul(1e-6).clamp_min(1e-12))
 
 
-def norm_floor(squared: Tensor) -> Tensor:
-    """The smallest norm a row may have: 1e-6 of the mean row norm (scalar), so that a zero row gives no 0 / 0."""
-    return squared.sqrt().mean().mul(1e-6).clamp_min(1e-12)
-
-
-def row_norms(weight: Tensor, squared: Tensor, A: Tensor, B: Tensor, scale: float, *, guard: bool = True) -> Tensor:
+def row_norms(
+    weight: Tensor, constants: WeightNorms, A: Tensor, B: Tensor, scale: float, *, guard: bool = True
+) -> Tensor:
     """``max(||W_j + s (B A)_j||, floor)`` for every row j.
 
     Args:
-        weight: [out, in], any dtype. squared: its ``squared_row_norms``.
+        weight: [out, in], any dtype. constants: its `weight_norms`.
         A: [r, in]. B: [out, r]. scale: s.
         guard: recompute densely the rows where the update nearly cancels the weight. It reads one flag back from
             the device, so it is off inside ``torch.compile``.
@@ -49,21 +62,31 @@ def row_norms(weight: Tensor, squared: Tensor, A: Tensor, B: Tensor, scale: floa
     Returns:
         [out], at least float32; differentiable in A and B where gradients are enabled.
     """
+    squared, floor = constants.squared, constants.floor
     wide = squared.dtype
     A, B = A.to(wide), B.to(wide)
-    cross = torch.cat([rows.to(wide) @ A.T for rows in weight.split(_CHUNK_ROWS)])
-    update = (2.0 * scale) * (B * cross).sum(1) + (scale * scale) * ((B @ (A @ A.T)) * B).sum(1)
-    total = (squared + update).clamp_min(0.0)
+    total = (squared + (B * _twice_cross_plus_gram(weight, A, B, scale)).sum(1)).clamp_min(0.0)
     if guard:
         cancelled = total.detach() < _CANCELLED * squared
         if cancelled.any():
             rows = cancelled.nonzero().squeeze(1)
             dense = (weight[rows].to(wide) + scale * (B[rows] @ A)).square().sum(1)
             total = total.index_copy(0, rows, dense)
-    floor = norm_floor(squared)
+    if not total.requires_grad:
+        return total.sqrt().clamp_min(floor)
     # sqrt has an infinite slope at zero: rows at the floor take the constant, and a zero gradient.
     above = total > floor * floor
     return torch.where(above, torch.where(above, total, 1.0).sqrt(), floor)
+
+
+def _twice_cross_plus_gram(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``2 s W A^T + s^2 B A A^T`` [out, r]: its rows times those of B are what the update adds to ``||W_j||^2``."""
+    gram = A @ A.T
+    parts = [
+        torch.addmm(rows.to(A.dtype) @ A.T, B_rows, gram, beta=2.0 * scale, alpha=scale * scale)
+        for rows, B_rows in zip(weight.split(_CHUNK_ROWS), B.split(_CHUNK_ROWS), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def gain_offset(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ranktune.magnitude import row_norms, squared_row_norms
+from ranktune.magnitude import WeightNorms, row_norms, weight_norms
 
 
 class _OptimizerClock:
@@ -56,7 +56,7 @@ class NormCache:
 
     def __init__(self) -> None:
         self._weight_mark: object = None
-        self._squared: Tensor | None = None
+        self._constants: WeightNorms | None = None
         self._cached: _Cached | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormCache:
@@ -65,25 +65,25 @@ class NormCache:
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
         return (NormCache, ())
 
-    def squared(self, weight: Tensor) -> Tensor:
-        """``||W_j||^2`` [out], recomputed when the weight has changed."""
+    def constants(self, weight: Tensor) -> WeightNorms:
+        """The weight's own norms, recomputed when it has changed."""
         if not _cacheable(weight):
-            return squared_row_norms(weight.detach())
+            return weight_norms(weight.detach())
         mark = _mark(weight, follows_optimizer=weight.requires_grad)
-        if self._squared is None or self._weight_mark != mark:
-            self._squared, self._weight_mark = squared_row_norms(weight.detach()), mark
-        return self._squared
+        if self._constants is None or self._weight_mark != mark:
+            self._constants, self._weight_mark = weight_norms(weight.detach()), mark
+        return self._constants
 
     @torch.no_grad()
     def norms(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, sources: Sequence[Tensor]) -> Tensor:
         """``||W_j + s (B A)_j||`` [out], without history; ``sources`` are the tensors that A and B were made from."""
-        squared = self.squared(weight)
+        constants = self.constants(weight)
         if not _cacheable(weight, *sources):
-            return row_norms(weight, squared, A, B, scale, guard=not torch.compiler.is_compiling())
+            return row_norms(weight, constants, A, B, scale, guard=not torch.compiler.is_compiling())
         marks = (self._weight_mark, scale, *(_mark(source, follows_optimizer=True) for source in sources))
         if self._cached is None or not self._cached.holds_for(marks, sources):
             copies = tuple(source.detach().clone() for source in sources if source.device.type == "cpu")
-            self._cached = _Cached(row_norms(weight, squared, A, B, scale), marks, copies)
+            self._cached = _Cached(row_norms(weight, constants, A, B, scale), marks, copies)
         return self._cached.norms
 
 

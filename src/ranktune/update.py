@@ -150,11 +150,11 @@ class LowRankUpdate(nn.Module):
             norms = torch.empty(weight.shape[0], dtype=norm_dtype(weight.dtype), device="meta")
             self.lora_magnitude_vector = nn.Parameter(norms)
             return 0
-        squared = self._cache.squared(weight)
+        constants = self._cache.constants(weight)
         with torch.no_grad():
-            norms = row_norms(weight, squared, self.lora_A, self._gated_columns(), scale)
+            norms = row_norms(weight, constants, self.lora_A, self._gated_columns(), scale)
         self.lora_magnitude_vector = nn.Parameter(norms)
-        return int((squared == 0).sum())
+        return int((constants.squared == 0).sum())
 
     def forward(self, x: Tensor, base: Base, scale: float) -> Tensor:
         """The adapted layer's output [..., out] for x [..., in], through the fused op."""
@@ -213,8 +213,8 @@ class LowRankUpdate(nn.Module):
             norms = self._cache.norms(weight, self.lora_A, B, scale, sources)
         else:
             guard = not torch.compiler.is_compiling()
-            squared = self._cache.squared(weight)
-            norms = row_norms(weight, squared, self.lora_A, B, scale, guard=guard)
+            constants = self._cache.constants(weight)
+            norms = row_norms(weight, constants, self.lora_A, B, scale, guard=guard)
         return gain_offset(cast(Tensor, self.lora_magnitude_vector), norms)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankUpdate:
