@@ -175,15 +175,16 @@ def test_a_tiny_run_leaves_figures_and_chart(
     monkeypatch.setattr(step_cost, "BLOCK_INTERMEDIATE", 96)
     monkeypatch.setattr(step_cost, "BLOCK_TOKENS", 8)
     monkeypatch.setattr(sys, "argv", ["step_cost.py", "--width", "64"])
-    step_cost.main(width=64, layers=1, shapes="2x8,1x16", ranks="2", methods="dora", rounds=3, warmup=1, out=tmp_path)
+    step_cost.main(width=64, layers=1, shapes="2x8,1x16", ranks="2", methods="lora", rounds=3, warmup=1, out=tmp_path)
     record = json.loads((tmp_path / "step_cost.json").read_text())
-    assert {row["variant"] for row in record["time"]} == {"frozen", "peft-lora", "dora"}
+    assert {row["variant"] for row in record["time"]} == {"frozen", "peft-lora", "lora"}
     assert len(record["time"]) == 2 * 3
     assert len(record["bytes"]) == 2 * 3
     for row in record["time"]:
         if row["variant"] == "peft-lora":
             assert row["step_to_reference"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+        assert (row["stock_to_step"] is None) == (row["variant"] != "lora")
     assert record["environment"]["command"] == "step_cost.py --width 64"
     assert record["environment"]["threads"] == torch.get_num_threads()
     assert (tmp_path / "step_cost.png").read_bytes().startswith(b"\x89PNG")
-    assert "ranktune dora" in capsys.readouterr().out
+    assert "ranktune lora is" in capsys.readouterr().out

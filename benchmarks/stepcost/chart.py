@@ -23,7 +23,10 @@ Bar = tuple[float, float, float]
 
 def draw(times: Sequence[TimeRow], counts: Sequence[BytesRow], path: Path) -> None:
     """Write the chart as PNG; a part that was not measured is left out."""
-    panels = {"Time of one training step": _time_bars(times), "Kept for backward, per token": _byte_bars(counts)}
+    panels = {
+        "Time of one training step of an encoder": _time_bars(times),
+        "Kept for backward per token of a Llama block": _byte_bars(counts),
+    }
     panels = {title: groups for title, groups in panels.items() if groups}
     cases = [len(groups) for groups in panels.values()]
     figure = Figure(figsize=(1.5 + 2.2 * sum(cases), 4.8), layout="constrained")

@@ -29,6 +29,7 @@ def time_table(rows: Sequence[TimeRow]) -> Table:
             f"{row.step_to_reference.low:.2f}-{row.step_to_reference.high:.2f}",
             f"{row.forward_backward_to_reference.median:.3f}",
         )
+    table.caption = "\n".join(_speedup(row, row.stock_to_step) for row in rows if row.stock_to_step is not None)
     return table
 
 
@@ -54,11 +55,17 @@ def bytes_table(rows: Sequence[BytesRow]) -> Table:
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 0, 0, 1))
+    table = Table(title=title, title_justify="left", box=SIMPLE, caption_justify="left", padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+def _speedup(row: TimeRow, ratio: Spread) -> str:
+    variant = VARIANTS[row.variant]
+    stock = VARIANTS[variant.stock or variant.name].label
+    return f"{variant.label} is {ratio.median:.2f} times as fast as {stock} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def _milliseconds(seconds: Spread) -> str:

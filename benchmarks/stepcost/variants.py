@@ -31,6 +31,7 @@ class Variant:
         config: makes its PEFT config; None is the model without an adapter.
         attach: called once with the adapted model and its optimizer, to set up whatever moves ranks. If it returns a
             function, that is called with the step number (from 1) after every optimizer step, inside the timed part.
+        stock: PEFT's own adapter of the same kind, if it has one and this is ours.
         timed: whether the default run times it, or only counts its bytes.
     """
 
@@ -38,6 +39,7 @@ class Variant:
     label: str
     config: MakeConfig | None
     attach: Callable[[nn.Module, Optimizer], AfterStep | None] = _nothing
+    stock: str | None = None
     timed: bool = True
 
 
@@ -72,16 +74,19 @@ def _ours(config_class: type[RankConfig], **options: Any) -> MakeConfig:
 
 FROZEN = "frozen"
 REFERENCE = "peft-lora"
+STOCK_DORA = "peft-dora"
 
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant(FROZEN, "frozen model", None),
         Variant(REFERENCE, "PEFT LoRA", _peft_lora()),
-        Variant("peft-dora", "PEFT DoRA", _peft_lora(use_dora=True)),
+        Variant(STOCK_DORA, "PEFT DoRA", _peft_lora(use_dora=True)),
         Variant("peft-adalora", "PEFT AdaLoRA", _peft_adalora, _attach_adalora),
-        Variant("lora", "ranktune lora", _ours(RankConfig)),
-        Variant("dora", "ranktune dora", _ours(DoraConfig)),
-        Variant("dora-exact", "ranktune dora exact", _ours(DoraConfig, detach_norm=False), timed=False),
+        Variant("lora", "ranktune lora", _ours(RankConfig), stock=REFERENCE),
+        Variant("dora", "ranktune dora", _ours(DoraConfig), stock=STOCK_DORA),
+        Variant(
+            "dora-exact", "ranktune dora exact", _ours(DoraConfig, detach_norm=False), stock=STOCK_DORA, timed=False
+        ),
     )
 }
