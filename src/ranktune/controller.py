@@ -134,6 +134,17 @@ class RankController:
         """The active components of all modules together."""
         return sum(self.ranks().values())
 
+    def importance(self) -> dict[str, dict[str, list[float]]]:
+        """Module name to the running averages of its components, active ("kept") and not ("dropped"), highest first."""
+        found = {}
+        for name, update in zip(self._layout.modules, self._updates, strict=True):
+            average, active = cast(Tensor, update.rank_average), cast(Tensor, update.rank_active)
+            found[name] = {
+                "kept": sorted(average[active].tolist(), reverse=True),
+                "dropped": sorted(average[~active].tolist(), reverse=True),
+            }
+        return found
+
     def budget(self) -> int:
         """What the active components may cost at this step, in ranks or in parameters."""
         return self.policy.budget(self.step)

@@ -106,12 +106,13 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
+        movement = _movement(ranks)
         # Before the final scores: they are to be those of the file that is saved.
         compacted = _compact(model)
         after = scores_only(trainer.evaluate()) if compacted else _final_scores(trainer, events)
         log.write("end", step=trainer.state.global_step, seconds=seconds)
     atomic.write_folder(directory.adapter, lambda folder: model.save_pretrained(str(folder)))
-    atomic.write_json(directory.ranks, {"final": ranktune.ranks(model), "history": history_records(ranks.history)})
+    atomic.write_json(directory.ranks, {"final": ranktune.ranks(model), **movement})
     draw_run(directory)
     metrics = {
         "method": recipe.method["name"],
@@ -146,6 +147,13 @@ def _final_scores(trainer: Trainer, events: EventCallback) -> dict[str, float]:
     if unchanged and events.latest_scores_step == trainer.state.global_step:
         return events.latest_scores
     return scores_only(trainer.evaluate())
+
+
+def _movement(ranks: RankCallback) -> dict[str, Any]:
+    """What `ranks.json` tells about ranks that moved: every change, and the components' importance at the end."""
+    if ranks.controller is None:
+        return {"history": []}
+    return {"history": history_records(ranks.history), "importance": ranks.controller.importance()}
 
 
 def _compact(model: PeftModel | PeftMixedModel) -> bool:

@@ -28,7 +28,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 def put_title(axes: Axes, title: str) -> None:
     """A title at the left, broken into lines where the figure ends: layout makes room for lines, not for width."""
     inches = axes.get_figure(root=True).get_figwidth()  # pyright: ignore[reportOptionalMemberAccess]
-    axes.set_title(textwrap.fill(title, int(10 * inches)), loc="left", fontsize=11)
+    axes.set_title(textwrap.fill(title, int(10 * inches), break_on_hyphens=False), loc="left", fontsize=11)
 
 
 def dress(axes: Axes, title: str, x: str, y: str) -> None:

@@ -44,11 +44,18 @@ class RunDirectory:
 
     @property
     def pictures(self) -> tuple[Path, ...]:
+        """The pictures of every run."""
         return tuple(self.path / name for name in ("loss.png", "metric.png", "ranks.png"))
+
+    @property
+    def movement_pictures(self) -> tuple[Path, ...]:
+        """The further pictures of a run whose ranks moved."""
+        return tuple(self.path / name for name in ("budget.png", "rank_history.png", "importance.png"))
 
     def contents(self) -> list[Path]:
         """What a run has left here, finished or not; `metrics.json` first, so that removal begins with it."""
         names = (self.metrics, self.adapter, self.ranks, self.log, self.recipe, self.checkpoints, *self.pictures)
+        names = (*names, *self.movement_pictures)
         return [name for name in names if name.exists()]
 
     def refuse_unless_writable(self, overwrite: bool) -> None:
