@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
@@ -31,7 +32,7 @@ from rich.progress import Progress
 from stepcost import options
 from stepcost.cases import BytesRow, TimeRow, bytes_case, time_case
 from stepcost.chart import draw
-from stepcost.machine import Clock, Machine, Precision
+from stepcost.machine import Clock, Machine, Precision, is_busy
 from stepcost.models import LlamaBlock, encoder
 from stepcost.tables import bytes_table, time_table
 from stepcost.variants import Variant
@@ -156,6 +157,10 @@ def main(
     machine = Machine(device, dtype, clock)
     plan = Plan(timed, counted, shape_list, rank_list, width, layers, dropout, rounds, warmup, compile_model)
     before = machine.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if machine.clock is Clock.wall and not machine.is_cuda and is_busy():
+        console.print("[bold]This machine is busy: wall times will mostly show that. Consider --clock cpu.[/bold]")
+    # PEFT 0.21 asks transformers 5 for an attribute that has a new name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     torch.manual_seed(0)
     times = measure_times(plan, machine) if part is not Part.bytes else []
     counts = measure_bytes(plan, machine) if part is not Part.time else []

@@ -72,8 +72,19 @@ class Machine:
             "device_name": torch.cuda.get_device_name(self.device) if self.is_cuda else None,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+            "load_average": _load(),
         }
+
+
+def is_busy() -> bool:
+    """Whether the processor already has at least one task per core."""
+    load = _load()
+    return load is not None and load >= (os.cpu_count() or 1)
+
+
+def _load() -> float | None:
+    """Running tasks, on average over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _processor() -> str:

@@ -16,7 +16,7 @@ def time_table(rows: Sequence[TimeRow]) -> Table:
     """One case: a row per variant."""
     first = rows[0]
     table = _table(
-        f"One training step, {first.batch} x {first.tokens} tokens, r = {first.r}",
+        f"\nOne training step, {first.batch} x {first.tokens} tokens, r = {first.r}",
         ["fwd+bwd\nms", "step\nms", "step\n/ frozen", "step / PEFT\nLoRA", "its\nquartiles", "fwd+bwd /\nPEFT LoRA"],
     )
     for row in rows:
