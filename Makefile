@@ -44,5 +44,5 @@ bench: setup  ## time a training step and count what backward keeps, beside stoc
 peft-suite: setup  ## PEFT's own tests, pointed at our configs
 	$(BIN)/python -m tests.peft_suite
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+clean:  ## remove the virtual environment, fetched sources and caches
+	rm -rf $(VENV) .peft-suite .pytest_cache .ruff_cache
