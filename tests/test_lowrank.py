@@ -130,6 +130,25 @@ def test_a_gain_near_one_is_not_rounded_away_in_bfloat16():
     assert (y != weight.T).float().mean() > 0.2
 
 
+def test_a_small_offset_reaches_the_input_gradient_in_bfloat16():
+    """Two paths: through the dropped-out base path flows offset times the gradient, not a difference of rounded ones."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gradients = []
+    for offset in (0.0, 1.0 / 300):
+        x = torch.ones(16, 64, dtype=torch.bfloat16, requires_grad=True)
+        torch.manual_seed(0)
+        y = low_rank_linear(
+            x, weight, None, torch.zeros(2, 64), torch.zeros(64, 2), 1.0, offset=torch.full((64,), offset), dropout=0.75
+        )
+        (y.float() * 100).sum().backward()
+        gradients.append(x.grad.float())
+    moved = gradients[1] - gradients[0]
+    torch.manual_seed(0)
+    kept = F.dropout(torch.ones(16, 64, dtype=torch.bfloat16), 0.75).float()
+    expected = kept * (100 * weight.float().sum(0)) / 300
+    assert (moved * expected).sum() / expected.square().sum() == pytest.approx(1.0, abs=0.15)
+
+
 def test_nothing_is_kept_that_backward_does_not_need():
     """Bytes saved for backward: the input, A x and, with a gain, the output; one byte an element for a mask."""
     ours = operands(False, torch.float32)

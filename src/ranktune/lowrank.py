@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Tokens per slice of a reduction over tokens on the CPU.
-_SLICE = 64
+_SLICE = 256
 
 
 def low_rank_linear(
@@ -212,7 +212,8 @@ class _TwoPathLinear(torch.autograd.Function):
         dx = None
         if needs[0]:
             w = weight.to(dy.dtype)
-            through_dropout = ((dv - dy) @ w).addmm_(du, A, alpha=ctx.survival, beta=ctx.survival)
+            # Not dv - dy: in bfloat16 a small offset would be lost in the difference.
+            through_dropout = ((dy * offset.to(dy.dtype)) @ w).addmm_(du, A, alpha=ctx.survival, beta=ctx.survival)
             dx = (dy @ w).add_(through_dropout.masked_fill_(dropped, 0.0))
         dA = (du.T @ _zero(x, dropped)).mul_(ctx.survival) if needs[3] else None
         dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
