@@ -131,7 +131,7 @@ def test_a_gain_near_one_is_not_rounded_away_in_bfloat16():
 
 
 def test_a_small_offset_reaches_the_input_gradient_in_bfloat16():
-    """Two paths: through the dropped-out base path flows offset times the gradient, not a difference of rounded ones."""
+    """Through the dropped-out base path flows offset times the gradient, not a difference of rounded ones."""
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     gradients = []
     for offset in (0.0, 1.0 / 300):
