@@ -13,7 +13,7 @@ SOURCE = Path(ranktune.__file__).parent
 
 # Each floor may import its own and the floors before it. A package name stands for everything in it.
 FLOORS = [
-    {"errors", "lowrank", "magnitude", "schedule", "allocation"},
+    {"errors", "lowrank", "magnitude", "schedule", "allocation", "sensitivity"},
     {"config", "norm_cache", "update", "policy"},
     {"methods"},
     {"peft_compat", "tuner", "adapters", "optimizer_state", "controller", "compaction"},
