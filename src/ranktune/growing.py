@@ -31,10 +31,10 @@ class GrowingUpdate(LowRankUpdate):
         rank_birth: [2, R] int64, the optimizer step (counted from 0) at which each component's vectors, and its gate,
             were first there to be trained; `UNBORN` for those of the start and for inert ones. Saved with the weights.
         start_rank, rank_now, window: how many leading components are of the start, active, and active or in reserve.
-            Plain numbers, so that eager mode slices without asking the device; a graph that is compiled sees masks.
+            Plain numbers, so that eager mode slices without asking the device; a compiled graph sees masks.
     """
 
-    rank_active: Tensor
+    rank_active: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]  (this kind always has one)
     rank_birth: Tensor
 
     _COMPONENT_DIM: ClassVar[dict[str, int]] = {**LowRankUpdate._COMPONENT_DIM, "rank_birth": 1}
@@ -56,7 +56,13 @@ class GrowingUpdate(LowRankUpdate):
         self.start_rank = start_rank
         self.scale_power = scale_power
         self.reserve_learns = reserve_learns
-        self.rank_now = self.window = start_rank
+        self.rank_now = self._window = start_rank
+        self._births = torch.full((2, capacity), UNBORN, device="cpu")
+
+    @property
+    def window(self) -> int:
+        """How many leading components are active or in reserve."""
+        return self._window
 
     @property
     def trained(self) -> int:
@@ -80,6 +86,10 @@ class GrowingUpdate(LowRankUpdate):
             A, B = self.lora_A, self.lora_B * gate
         return A, B, scale * (self.start_rank / rank) ** self.scale_power
 
+    def births(self) -> tuple[Tensor, Tensor]:
+        """When the trained components beyond those of the start were first there: vectors [n] and gates [m], int64."""
+        return self._births[0, self.start_rank : self.trained], self._births[1, self.start_rank : self.rank_now]
+
     @torch.no_grad()
     def promote(self, count: int, step: int, *, keep_output: bool) -> None:
         """Make the first ``count`` components of the reserve active.
@@ -96,36 +106,38 @@ class GrowingUpdate(LowRankUpdate):
             self.rank_birth[0, old:new] = step
         if keep_output:
             self.required_gate()[: self.window] *= (new / old) ** self.scale_power
-        self.rank_now = new
+        self.count()
 
     @torch.no_grad()
-    def stock(self, count: int, step: int, gate: float) -> None:
-        """Add ``count`` inert components to the reserve, with a gate of that value."""
-        old, new = self.window, self.window + count
-        self.rank_birth[0, old:new] = step
-        self.required_gate()[old:new] = gate
-        self.window = new
+    def stock(self, count: int, step: int, gate: float) -> Tensor:
+        """Add ``count`` inert components to the reserve, with a gate of that value; their indices."""
+        added = slice(self.window, self.window + count)
+        self.rank_birth[0, added] = step
+        self.required_gate()[added] = gate
+        self.count()
+        return torch.arange(added.start, added.stop)
 
     @torch.no_grad()
     def dissolve_reserve(self) -> Tensor:
         """Make the reserve inert; the indices of what was in it."""
-        old, new = self.rank_now, self.window
-        self.rank_birth[0, old:new] = UNBORN
-        self.required_gate()[old:new] = 0.0
-        self.window = old
-        return torch.arange(old, new)
+        left = slice(self.rank_now, self.window)
+        self.rank_birth[0, left] = UNBORN
+        self.required_gate()[left] = 0.0
+        self.count()
+        return torch.arange(left.start, left.stop)
+
+    def count(self) -> None:
+        """Read the plain numbers from the buffers, after these were written."""
+        if not self.rank_active.is_meta and not self.rank_birth.is_meta:
+            self._births = self.rank_birth.cpu()
+            self.rank_now = int(self.rank_active.sum())
+            self._window = int((self.rank_active | (self.rank_birth[0] > UNBORN)).sum())
 
     def keep_components(self, kept: Tensor) -> None:
         """See `LowRankUpdate.keep_components`."""
         super().keep_components(kept)
-        self._count()
+        self.count()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._count()
-
-    def _count(self) -> None:
-        """Read the plain numbers back from the buffers."""
-        if not self.rank_active.is_meta and not self.rank_birth.is_meta:
-            self.rank_now = int(self.rank_active.sum())
-            self.window = int((self.rank_active | (self.rank_birth[0] > UNBORN)).sum())
+        self.count()

@@ -116,6 +116,16 @@ class LowRankUpdate(nn.Module):
             return self.capacity
         return int(self.rank_active.sum())
 
+    @property
+    def window(self) -> int:
+        """How many leading components take part in forward."""
+        return self.capacity
+
+    @property
+    def trained(self) -> int:
+        """How many leading components have vectors that are trained."""
+        return self.capacity
+
     def required_gate(self) -> nn.Parameter:
         """The gate of an update that has one."""
         if self.gate is None:

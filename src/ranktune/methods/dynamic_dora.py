@@ -151,8 +151,16 @@ class DynamicDoraPolicy(RankPolicy):
             return None
         return keep_best(state.average, self.costs, self.schedule.budget(state.step))
 
+    def importance(self, state: RankState, active: Tensor) -> Tensor:
+        """The mean average of a module's components."""
+        return (state.average * active).sum(1).div(active.sum(1).clamp_min(1))
+
     def is_final(self, step: int) -> bool:
+        """Whether pruning is complete: inactive components then stay at zero for good."""
         return step >= self.schedule.end
+
+    def has_ended(self, step: int, ranks: Sequence[int]) -> bool:  # noqa: ARG002
+        return self.is_final(step)
 
     def budget(self, step: int) -> int:
         return self.schedule.budget(step)

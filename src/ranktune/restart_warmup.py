@@ -1,0 +1,255 @@
+"""Restart warm-up: components that were added late learn as if each had an optimizer group of its own, made that day.
+
+All components of a module share one tensor, one learning rate and one step counter. After the optimizer's step, the
+late rows are set to where a fresh optimizer, with a learning-rate schedule of its own, would have put them; rows that
+are not trained go back to what they were, bit for bit, whatever weight decay did.
+
+With b and a a row before and after the step, t the optimizer's step count, k the row's age in steps (first = 1), v its
+second moment and lr, wd, beta1, beta2, eps of its group, AdamW's step of a fresh row is
+
+    row = b (1 - rho lr wd) + rho c (a - b (1 - lr wd))
+    c = (1 - beta1^t) / (1 - beta1^k) * (sqrt(v) / sqrt(1 - beta2^t) + eps) / (sqrt(v) / sqrt(1 - beta2^k) + eps)
+
+since a row that had no gradient has no moments, and its first moments are those of a fresh row. rho is the row's own
+learning rate relative to the group's. SGD has c = 1.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ranktune.growing import GrowingUpdate
+
+# Where a group keeps its previous learning-rate share. It is saved with the optimizer, so that resuming is bitwise.
+_PREVIOUS = "ranktune_lr_share"
+# How near to a whole number the remaining steps of a linear decay are.
+_WHOLE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Late:
+    """The components of one parameter that were not there from the start.
+
+    Attributes:
+        parameter, dim: the parameter, and the dimension that lists its components.
+        first: index of the first late component.
+        before: their values before the step.
+        births: [n] the step at which each of the leading n was first there; the others are not trained.
+    """
+
+    parameter: nn.Parameter
+    dim: int
+    first: int
+    before: Tensor
+    births: Tensor
+
+    def born(self, tensor: Tensor) -> Tensor:
+        """The trained late components of a tensor of the parameter's shape."""
+        return tensor.narrow(self.dim, self.first, len(self.births))
+
+    def born_before(self) -> Tensor:
+        return self.before.narrow(self.dim, 0, len(self.births))
+
+    def waiting(self) -> tuple[Tensor, Tensor]:
+        """The untrained components as they are, and as they were."""
+        start = len(self.births)
+        count = self.before.shape[self.dim] - start
+        now = self.parameter.detach().narrow(self.dim, self.first + start, count)
+        return now, self.before.narrow(self.dim, start, count)
+
+    def along(self, values: Tensor) -> Tensor:
+        """One value per component [n], shaped to multiply `born`."""
+        if self.parameter.ndim == 1:
+            return values
+        return values.unsqueeze(1 - self.dim)
+
+
+class RestartWarmup:
+    """Corrects each step of an optimizer for the components of some updates that were added late.
+
+    Args:
+        optimizer: steps the updates' parameters.
+        updates: of one adapter.
+        ramp: w, the steps over which a late component reaches its learning rate; 0 is at once, on the group's schedule.
+        total_steps: N, of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, updates: Sequence[GrowingUpdate], ramp: int, total_steps: int) -> None:
+        self.optimizer = optimizer
+        self.updates = updates
+        self.ramp = ramp
+        self.total_steps = total_steps
+        self._late: dict[int, _Late] = {}
+        self._warn_where_inexact()
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before the optimizer's step: keep what the late components are."""
+        self._late = {id(late.parameter): late for update in self.updates for late in _late_of(update)}
+
+    @torch.no_grad()
+    def correct(self, step: int) -> None:
+        """After the optimizer's step t, counted from 0: move late components as fresh optimizer groups would."""
+        for group in self.optimizer.param_groups:
+            late = [self._late[id(parameter)] for parameter in group["params"] if id(parameter) in self._late]
+            now, before = zip(*[part.waiting() for part in late], strict=True) if late else ((), ())
+            if late:
+                torch._foreach_copy_(list(now), list(before))  # pyright: ignore[reportPrivateImportUsage]
+            rates = _Rates.of(group, step, self.ramp, self.total_steps)
+            born = [part for part in late if len(part.births) and part.parameter.grad is not None]
+            if born:
+                self._move(group, born, step, rates)
+        self._late = {}
+
+    def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: _Rates) -> None:
+        births = torch.cat([late.births for late in born])
+        ages = (step - births).double()
+        sizes = [len(late.births) for late in born]
+        rho = rates.of_rows(ages)
+        if _is_adam(self.optimizer, group):
+            lr, decay = float(group["lr"]), _decoupled_decay(self.optimizer, group)
+            gain = _adam_gain(self.optimizer, group, born, ages, sizes, rho)
+        else:
+            lr, decay = 0.0, 0.0
+            gain = _columns(rho, born, sizes)
+        keep = _columns(1.0 - rho * lr * decay, born, sizes)
+        now = [late.born(late.parameter.detach()) for late in born]
+        before = [late.born_before() for late in born]
+        moved = torch._foreach_sub(now, torch._foreach_mul(before, 1.0 - lr * decay))  # pyright: ignore
+        torch._foreach_mul_(moved, gain)  # pyright: ignore
+        torch._foreach_add_(moved, torch._foreach_mul(before, keep))  # pyright: ignore
+        torch._foreach_copy_(now, moved)  # pyright: ignore
+
+    def _warn_where_inexact(self) -> None:
+        name = type(self.optimizer).__name__
+        amsgrad = any(group.get("amsgrad", False) for group in self.optimizer.param_groups)
+        if amsgrad or name in ("NAdam", "RAdam"):
+            warnings.warn(
+                f"the restart warm-up of new components is exact for AdamW and SGD; with "
+                f"{'AMSGrad' if amsgrad else name} only its learning-rate ramp is kept.",
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Learning rates of rows relative to their group's.
+
+    Attributes:
+        share: the group's rate as a share of its initial one. linear: whether it follows a linear warm-up and decay.
+        step: t, counted from 0. total_steps, ramp: see `RestartWarmup`.
+    """
+
+    share: float
+    linear: bool
+    step: int
+    total_steps: int
+    ramp: int
+
+    @classmethod
+    def of(cls, group: dict[str, Any], step: int, ramp: int, total_steps: int) -> _Rates:
+        """Read the group's schedule off its present and previous learning rate, and note the present one."""
+        initial = float(group.get("initial_lr", group["lr"]))
+        share = float(group["lr"]) / initial if initial else 0.0
+        previous = group.get(_PREVIOUS)
+        group[_PREVIOUS] = share
+        return cls(share, previous is not None and _is_linear(previous, share), step, total_steps, ramp)
+
+    def of_rows(self, ages: Tensor) -> Tensor:
+        """rho for rows of these ages [n]; zero for rows that are younger than a step.
+
+        Under a linear schedule a row ramps up over w steps and then decays to zero at the end of the run,
+        lambda(s) = s / w, then (N' - s) / (N' - w) with N' the steps that remained at its birth, whatever the group's
+        own rate is by then. Under any other it ramps up to the group's rate.
+        """
+        s = ages - 1.0
+        if self.ramp == 0:
+            rho = torch.ones_like(s)
+        elif not self.linear:
+            rho = (s / self.ramp).clamp(max=1.0)
+        elif self.share == 0.0:
+            rho = torch.zeros_like(s)
+        else:
+            remained = self.total_steps - (self.step - ages + 1.0)
+            falling = ((remained - s) / (remained - self.ramp).clamp(min=1.0)).clamp(min=0.0)
+            rho = torch.where(s < self.ramp, s / self.ramp, falling) / self.share
+        return torch.where(ages < 1.0, 0.0, rho)
+
+
+def _is_linear(previous: float, now: float) -> bool:
+    """Whether two successive rates belong to a linear schedule: rising, or falling by a whole fraction of what is left.
+
+    The number of steps is not compared with the run's: a scaler's skipped steps shift one against the other.
+    """
+    if now >= previous:
+        return now > previous
+    remaining = now / (previous - now)
+    return abs(remaining - round(remaining)) < _WHOLE
+
+
+def _late_of(update: GrowingUpdate) -> list[_Late]:
+    first = update.start_rank
+    vectors, gates = update.births()
+    parts = ((update.lora_A, 0, vectors), (update.lora_B, 1, vectors), (update.required_gate(), 0, gates))
+    return [
+        _Late(parameter, dim, first, parameter.detach().narrow(dim, first, update.capacity - first).clone(), births)
+        for parameter, dim, births in parts
+        if isinstance(parameter, nn.Parameter) and update.capacity > first
+    ]
+
+
+def _is_adam(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    plain = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and not group.get("amsgrad", False)
+    return plain or _is_eight_bit_adam(optimizer)
+
+
+def _is_eight_bit_adam(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("bitsandbytes") and "Adam" in type(optimizer).__name__
+
+
+def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """The weight decay that is applied to the parameter itself rather than added to its gradient."""
+    decoupled = group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
+    return float(group.get("weight_decay", 0.0)) if decoupled else 0.0
+
+
+def _adam_gain(
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    born: Sequence[_Late],
+    ages: Tensor,
+    sizes: Sequence[int],
+    rho: Tensor,
+) -> list[Tensor]:
+    """``rho c`` of every late part, elementwise; for 8-bit moments c's limit where eps does not count."""
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    # The parameters of an adapter are stepped together.
+    t = int(optimizer.state[born[0].parameter]["step"])
+    ages = ages.clamp(min=1.0)
+    first = rho * (1.0 - beta1**t) / (1.0 - beta1**ages)
+    root_t, root_k = (1.0 - beta2**t) ** 0.5, (1.0 - beta2**ages).sqrt()
+    seconds = [optimizer.state[late.parameter].get("exp_avg_sq") for late in born]
+    if any(second is None for second in seconds):
+        return _columns(first * root_k / root_t, born, sizes)
+    roots = torch._foreach_sqrt([late.born(v) for late, v in zip(born, seconds, strict=True)])  # pyright: ignore
+    above = torch._foreach_div(roots, root_t)  # pyright: ignore
+    below = torch._foreach_div(roots, _columns(root_k, born, sizes))  # pyright: ignore
+    torch._foreach_add_(above, float(group["eps"]))  # pyright: ignore
+    torch._foreach_add_(below, float(group["eps"]))  # pyright: ignore
+    torch._foreach_div_(above, below)  # pyright: ignore
+    torch._foreach_mul_(above, _columns(first, born, sizes))  # pyright: ignore
+    return list(above)
+
+
+def _columns(values: Tensor, born: Sequence[_Late], sizes: Sequence[int]) -> list[Tensor]:
+    """One float64 value per row of all parts together, as one tensor per part that multiplies it."""
+    like = born[0].before
+    parts = values.to(like.device, torch.promote_types(like.dtype, torch.float32)).split(list(sizes))
+    return [late.along(part.to(late.before.device)) for late, part in zip(born, parts, strict=True)]
