@@ -149,13 +149,19 @@ class RankController:
         return sum(self.ranks().values())
 
     def importance(self) -> dict[str, dict[str, list[float]]]:
-        """Module name to the running averages of its components, active ("kept") and not ("dropped"), highest first."""
+        """Module name to the scores of its components, active ("kept") and not ("dropped"), highest first.
+
+        A method that scores whole modules has one "kept" score for each.
+        """
         found = {}
         for name, update in zip(self._layout.modules, self._updates, strict=True):
-            average, active = cast(Tensor, update.rank_average), cast(Tensor, update.rank_active)
+            # Module by module: once compacted, they differ in size.
+            state = self._state([update])
+            scores = self.policy.importance(state)
+            kept = state.active if scores.shape == state.active.shape else torch.ones_like(scores, dtype=torch.bool)
             found[name] = {
-                "kept": sorted(average[active].tolist(), reverse=True),
-                "dropped": sorted(average[~active].tolist(), reverse=True),
+                "kept": sorted(scores[kept].tolist(), reverse=True),
+                "dropped": sorted(scores[~kept].tolist(), reverse=True),
             }
         return found
 
@@ -228,7 +234,7 @@ class RankController:
         """Measure, ask the policy, and have carried out what it decides."""
         if self._ended or not self.policy.measures(self._step):
             return
-        state = self._state()
+        state = self._state(self._updates)
         measured = self._measure()
         if measured is not None:
             state = self.policy.observe(state, measured)
@@ -290,17 +296,19 @@ class RankController:
 
     def _record(self, state: RankState, chosen: Tensor) -> None:
         old, new = state.active.sum(1).tolist(), chosen.sum(1).tolist()
-        scores = self.policy.importance(state, chosen).tolist()
+        scores = self.policy.importance(state)
+        weights = chosen if scores.shape == chosen.shape else torch.ones_like(scores)
+        scores = (scores * weights).sum(1).div(weights.sum(1).clamp_min(1)).tolist()
         for module, before, after, score in zip(self._layout.modules, old, new, scores, strict=True):
             if before != after:
                 self.history.append(RankChange(state.step, module, before, after, score if after else None))
 
-    def _state(self) -> RankState:
-        device = self._updates[0].lora_A.device
+    def _state(self, updates: Sequence[LowRankUpdate]) -> RankState:
+        device = updates[0].lora_A.device
         return RankState(
             self.step,
-            torch.stack([cast(Tensor, update.rank_active).to(device) for update in self._updates]),
-            torch.stack([cast(Tensor, update.rank_average).to(device) for update in self._updates]),
+            torch.stack([cast(Tensor, update.rank_active).to(device) for update in updates]),
+            torch.stack([cast(Tensor, update.rank_average).to(device) for update in updates]),
         )
 
     def _advance(self) -> None:

@@ -68,8 +68,8 @@ class RankPolicy(ABC):
         """The components to be active from now on [M, R] bool, or None when nothing is to be decided at this step."""
 
     @abstractmethod
-    def importance(self, state: RankState, active: Tensor) -> Tensor:
-        """One score for each module [M], with those components [M, R] bool, for the record."""
+    def importance(self, state: RankState) -> Tensor:
+        """The scores that decisions go by, for the record: of every component [M, R], or of every module [M, 1]."""
 
     @abstractmethod
     def has_ended(self, step: int, ranks: Sequence[int]) -> bool:

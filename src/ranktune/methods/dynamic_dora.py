@@ -151,9 +151,8 @@ class DynamicDoraPolicy(RankPolicy):
             return None
         return keep_best(state.average, self.costs, self.schedule.budget(state.step))
 
-    def importance(self, state: RankState, active: Tensor) -> Tensor:
-        """The mean average of a module's components."""
-        return (state.average * active).sum(1).div(active.sum(1).clamp_min(1))
+    def importance(self, state: RankState) -> Tensor:
+        return state.average
 
     def is_final(self, step: int) -> bool:
         """Whether pruning is complete: inactive components then stay at zero for good."""

@@ -233,7 +233,7 @@ class IncreLoraPolicy(GrowthPolicy):
         room = self.capacity - ranks
         later = self._in_reach(room, self.schedule.rounds_from(state.step + 1))
         grown = grow_best(
-            self.importance(state, state.active),
+            self.importance(state).squeeze(1),
             room.clamp(max=self.grow_by),
             self.costs,
             left,
@@ -243,9 +243,9 @@ class IncreLoraPolicy(GrowthPolicy):
             return None
         return torch.arange(state.active.shape[1]) < (ranks + grown).unsqueeze(1)
 
-    def importance(self, state: RankState, active: Tensor) -> Tensor:  # noqa: ARG002
-        """``I U``."""
-        return state.average[:, 0] * state.average[:, 1]
+    def importance(self, state: RankState) -> Tensor:
+        """``I U`` [M, 1]."""
+        return state.average.prod(1, keepdim=True)
 
     def has_ended(self, step: int, ranks: Sequence[int]) -> bool:  # noqa: ARG002
         """Whether no module that has room costs as little as what is left."""
