@@ -109,13 +109,12 @@ class GrowingUpdate(LowRankUpdate):
         self.count()
 
     @torch.no_grad()
-    def stock(self, count: int, step: int, gate: float) -> Tensor:
-        """Add ``count`` inert components to the reserve, with a gate of that value; their indices."""
+    def stock(self, count: int, step: int, gate: float) -> None:
+        """Add ``count`` inert components to the reserve, with a gate of that value."""
         added = slice(self.window, self.window + count)
         self.rank_birth[0, added] = step
         self.required_gate()[added] = gate
         self.count()
-        return torch.arange(added.start, added.stop)
 
     @torch.no_grad()
     def dissolve_reserve(self) -> Tensor:

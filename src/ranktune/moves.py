@@ -96,14 +96,14 @@ class Growth(Moves):
     def before_step(self, step: int, final: bool) -> None:
         if step == 0 and not final:
             self._stock(step)
-        self._warmup.remember()
+        self._warmup.remember(step)
 
     def after_step(self, step: int, final: bool) -> None:  # noqa: ARG002
         self._warmup.correct(step)
 
     def _stock(self, step: int) -> None:
-        """Fill up every reserve; what an optimizer remembers of the components that join is what decay left there."""
+        """Fill up every reserve. Inert components had no gradient: an optimizer has nothing to forget of them."""
         for update in self.updates:
             missing = self.policy.reserve(update.rank_now) - (update.window - update.rank_now)
             if missing > 0:
-                forget_components(self.optimizer, update, update.stock(missing, step, self.policy.reserve_gate))
+                update.stock(missing, step, self.policy.reserve_gate)

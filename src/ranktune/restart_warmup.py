@@ -41,7 +41,7 @@ class _Late:
         parameter, dim: the parameter, and the dimension that lists its components.
         first: index of the first late component.
         before: their values before the step.
-        births: [n] the step at which each of the leading n was first there; the others are not trained.
+        births: [n] the step at which each of the leading n was first there; the others are not trained yet.
     """
 
     parameter: nn.Parameter
@@ -57,12 +57,14 @@ class _Late:
     def born_before(self) -> Tensor:
         return self.before.narrow(self.dim, 0, len(self.births))
 
-    def waiting(self) -> tuple[Tensor, Tensor]:
-        """The untrained components as they are, and as they were."""
+    def waiting(self, tensor: Tensor) -> Tensor:
+        """The untrained late components of a tensor of the parameter's shape."""
+        start = self.first + len(self.births)
+        return tensor.narrow(self.dim, start, tensor.shape[self.dim] - start)
+
+    def waiting_before(self) -> Tensor:
         start = len(self.births)
-        count = self.before.shape[self.dim] - start
-        now = self.parameter.detach().narrow(self.dim, self.first + start, count)
-        return now, self.before.narrow(self.dim, start, count)
+        return self.before.narrow(self.dim, start, self.before.shape[self.dim] - start)
 
     def along(self, values: Tensor) -> Tensor:
         """One value per component [n], shaped to multiply `born`."""
@@ -90,23 +92,32 @@ class RestartWarmup:
         self._warn_where_inexact()
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Before the optimizer's step: keep what the late components are."""
-        self._late = {id(late.parameter): late for update in self.updates for late in _late_of(update)}
+    def remember(self, step: int) -> None:
+        """Before the optimizer's step t, counted from 0: keep what the late components are."""
+        self._late = {id(late.parameter): late for update in self.updates for late in _late_of(update, step)}
 
     @torch.no_grad()
     def correct(self, step: int) -> None:
         """After the optimizer's step t, counted from 0: move late components as fresh optimizer groups would."""
         for group in self.optimizer.param_groups:
             late = [self._late[id(parameter)] for parameter in group["params"] if id(parameter) in self._late]
-            now, before = zip(*[part.waiting() for part in late], strict=True) if late else ((), ())
-            if late:
-                torch._foreach_copy_(list(now), list(before))  # pyright: ignore[reportPrivateImportUsage]
+            self._put_back(group, late)
             rates = _Rates.of(group, step, self.ramp, self.total_steps)
             born = [part for part in late if len(part.births) and part.parameter.grad is not None]
             if born:
                 self._move(group, born, step, rates)
         self._late = {}
+
+    def _put_back(self, group: dict[str, Any], late: Sequence[_Late]) -> None:
+        """Undo the step for components that are not trained; a decay that is part of the gradient left moments too."""
+        waiting = [part.waiting(part.parameter.detach()) for part in late]
+        if waiting:
+            torch._foreach_copy_(waiting, [part.waiting_before() for part in late])  # pyright: ignore
+        if float(group.get("weight_decay", 0.0)) != _decoupled_decay(self.optimizer, group):
+            for part in late:
+                for value in self.optimizer.state.get(part.parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == part.parameter.shape and value.is_floating_point():
+                        part.waiting(value).zero_()
 
     def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: _Rates) -> None:
         births = torch.cat([late.births for late in born])
@@ -163,7 +174,7 @@ class _Rates:
         return cls(share, previous is not None and _is_linear(previous, share), step, total_steps, ramp)
 
     def of_rows(self, ages: Tensor) -> Tensor:
-        """rho for rows of these ages [n]; zero for rows that are younger than a step.
+        """rho for rows of these ages [n].
 
         Under a linear schedule a row ramps up over w steps and then decays to zero at the end of the run,
         lambda(s) = s / w, then (N' - s) / (N' - w) with N' the steps that remained at its birth, whatever the group's
@@ -171,16 +182,14 @@ class _Rates:
         """
         s = ages - 1.0
         if self.ramp == 0:
-            rho = torch.ones_like(s)
-        elif not self.linear:
-            rho = (s / self.ramp).clamp(max=1.0)
-        elif self.share == 0.0:
-            rho = torch.zeros_like(s)
-        else:
-            remained = self.total_steps - (self.step - ages + 1.0)
-            falling = ((remained - s) / (remained - self.ramp).clamp(min=1.0)).clamp(min=0.0)
-            rho = torch.where(s < self.ramp, s / self.ramp, falling) / self.share
-        return torch.where(ages < 1.0, 0.0, rho)
+            return torch.ones_like(s)
+        if not self.linear:
+            return (s / self.ramp).clamp(max=1.0)
+        if self.share == 0.0:
+            return torch.zeros_like(s)
+        remained = self.total_steps - (self.step - ages + 1.0)
+        falling = ((remained - s) / (remained - self.ramp).clamp(min=1.0)).clamp(min=0.0)
+        return torch.where(s < self.ramp, s / self.ramp, falling) / self.share
 
 
 def _is_linear(previous: float, now: float) -> bool:
@@ -194,9 +203,10 @@ def _is_linear(previous: float, now: float) -> bool:
     return abs(remaining - round(remaining)) < _WHOLE
 
 
-def _late_of(update: GrowingUpdate) -> list[_Late]:
+def _late_of(update: GrowingUpdate, step: int) -> list[_Late]:
     first = update.start_rank
-    vectors, gates = update.births()
+    # Births ascend. What was born in this very step has had no gradient yet.
+    vectors, gates = (births[births < step] for births in update.births())
     parts = ((update.lora_A, 0, vectors), (update.lora_B, 1, vectors), (update.required_gate(), 0, gates))
     return [
         _Late(parameter, dim, first, parameter.detach().narrow(dim, first, update.capacity - first).clone(), births)
@@ -232,7 +242,6 @@ def _adam_gain(
     beta1, beta2 = (float(beta) for beta in group["betas"])
     # The parameters of an adapter are stepped together.
     t = int(optimizer.state[born[0].parameter]["step"])
-    ages = ages.clamp(min=1.0)
     first = rho * (1.0 - beta1**t) / (1.0 - beta1**ages)
     root_t, root_k = (1.0 - beta2**t) ** 0.5, (1.0 - beta2**ages).sqrt()
     seconds = [optimizer.state[late.parameter].get("exp_avg_sq") for late in born]
