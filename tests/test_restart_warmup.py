@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ def update_of(reserve_learns=True):
 
 
 def gradients(step):
-    generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((CAPACITY, IN), (OUT, CAPACITY), (CAPACITY,))]  # fmt: skip
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(100 + step), dtype=torch.float64)
+    return [draw(CAPACITY, IN), draw(OUT, CAPACITY), draw(CAPACITY)]
 
 
 def run(update, optimizer, scheduler, ramp=RAMP):

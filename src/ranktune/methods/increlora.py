@@ -257,7 +257,7 @@ class IncreLoraPolicy(GrowthPolicy):
         return min(self.grow_by, self.capacity - rank)
 
     def budget(self, step: int) -> int:
-        """The most that the rounds held so far can have made of the start."""
+        """The most that rounds of ``top_h`` modules can have made of the start."""
         rounds = self.schedule.rounds_before(step)
         return min(self.target, self.start + rounds * self.top_h * self.grow_by * int(self.costs.max()))
 
