@@ -17,7 +17,7 @@ learning rate relative to the group's. SGD has c = 1.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class _Late:
     Attributes:
         parameter, dim: the parameter, and the dimension that lists its components.
         first: index of the first late component.
-        before: their values before the step.
+        before: their values before the step, components first.
         births: [n] the step at which each of the leading n was first there; the others are not trained yet.
     """
 
@@ -51,26 +51,13 @@ class _Late:
     births: Tensor
 
     def born(self, tensor: Tensor) -> Tensor:
-        """The trained late components of a tensor of the parameter's shape."""
-        return tensor.narrow(self.dim, self.first, len(self.births))
-
-    def born_before(self) -> Tensor:
-        return self.before.narrow(self.dim, 0, len(self.births))
+        """The trained late components of a tensor of the parameter's shape, components first."""
+        return tensor.narrow(self.dim, self.first, len(self.births)).movedim(self.dim, 0)
 
     def waiting(self, tensor: Tensor) -> Tensor:
-        """The untrained late components of a tensor of the parameter's shape."""
+        """The untrained late components of a tensor of the parameter's shape, components first."""
         start = self.first + len(self.births)
-        return tensor.narrow(self.dim, start, tensor.shape[self.dim] - start)
-
-    def waiting_before(self) -> Tensor:
-        start = len(self.births)
-        return self.before.narrow(self.dim, start, self.before.shape[self.dim] - start)
-
-    def along(self, values: Tensor) -> Tensor:
-        """One value per component [n], shaped to multiply `born`."""
-        if self.parameter.ndim == 1:
-            return values
-        return values.unsqueeze(1 - self.dim)
+        return tensor.narrow(self.dim, start, tensor.shape[self.dim] - start).movedim(self.dim, 0)
 
 
 class RestartWarmup:
@@ -112,7 +99,7 @@ class RestartWarmup:
         """Undo the step for components that are not trained; a decay that is part of the gradient left moments too."""
         waiting = [part.waiting(part.parameter.detach()) for part in late]
         if waiting:
-            torch._foreach_copy_(waiting, [part.waiting_before() for part in late])  # pyright: ignore
+            torch._foreach_copy_(waiting, [part.before[len(part.births) :] for part in late])  # pyright: ignore
         if float(group.get("weight_decay", 0.0)) != _decoupled_decay(self.optimizer, group):
             for part in late:
                 for value in self.optimizer.state.get(part.parameter, {}).values():
@@ -120,23 +107,20 @@ class RestartWarmup:
                         part.waiting(value).zero_()
 
     def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: _Rates) -> None:
-        births = torch.cat([late.births for late in born])
-        ages = (step - births).double()
-        sizes = [len(late.births) for late in born]
+        ages = (step - torch.cat([late.births for late in born])).double()
         rho = rates.of_rows(ages)
+        lr, decay = float(group["lr"]), _decoupled_decay(self.optimizer, group)
         if _is_adam(self.optimizer, group):
-            lr, decay = float(group["lr"]), _decoupled_decay(self.optimizer, group)
-            gain = _adam_gain(self.optimizer, group, born, ages, sizes, rho)
+            gain = _adam_gain(self.optimizer, group, born, ages, rho)
         else:
-            lr, decay = 0.0, 0.0
-            gain = _columns(rho, born, sizes)
-        keep = _columns(1.0 - rho * lr * decay, born, sizes)
+            gain = _columns(rho, born)
         now = [late.born(late.parameter.detach()) for late in born]
-        before = [late.born_before() for late in born]
-        moved = torch._foreach_sub(now, torch._foreach_mul(before, 1.0 - lr * decay))  # pyright: ignore
-        torch._foreach_mul_(moved, gain)  # pyright: ignore
-        torch._foreach_add_(moved, torch._foreach_mul(before, keep))  # pyright: ignore
-        torch._foreach_copy_(now, moved)  # pyright: ignore
+        row = [late.before[: len(late.births)] for late in born]
+        step_taken = torch._foreach_sub([part.contiguous() for part in now], row, alpha=1.0 - lr * decay)  # pyright: ignore
+        if decay:
+            torch._foreach_mul_(row, _columns(1.0 - rho * lr * decay, born))  # pyright: ignore
+        torch._foreach_addcmul_(row, gain, step_taken)  # pyright: ignore
+        torch._foreach_copy_(now, row)  # pyright: ignore
 
     def _warn_where_inexact(self) -> None:
         name = type(self.optimizer).__name__
@@ -203,16 +187,14 @@ def _is_linear(previous: float, now: float) -> bool:
     return abs(remaining - round(remaining)) < _WHOLE
 
 
-def _late_of(update: GrowingUpdate, step: int) -> list[_Late]:
-    first = update.start_rank
+def _late_of(update: GrowingUpdate, step: int) -> Iterator[_Late]:
     # Births ascend. What was born in this very step has had no gradient yet.
     vectors, gates = (births[births < step] for births in update.births())
-    parts = ((update.lora_A, 0, vectors), (update.lora_B, 1, vectors), (update.required_gate(), 0, gates))
-    return [
-        _Late(parameter, dim, first, parameter.detach().narrow(dim, first, update.capacity - first).clone(), births)
-        for parameter, dim, births in parts
-        if isinstance(parameter, nn.Parameter) and update.capacity > first
-    ]
+    first = update.start_rank
+    for parameter, dim, births in ((update.lora_A, 0, vectors), (update.lora_B, 1, vectors), (update.gate, 0, gates)):
+        if isinstance(parameter, nn.Parameter) and parameter.shape[dim] > first:
+            late = parameter.detach().narrow(dim, first, parameter.shape[dim] - first).movedim(dim, 0)
+            yield _Late(parameter, dim, first, late.clone(memory_format=torch.contiguous_format), births)
 
 
 def _is_adam(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -231,34 +213,30 @@ def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
 
 
 def _adam_gain(
-    optimizer: Optimizer,
-    group: dict[str, Any],
-    born: Sequence[_Late],
-    ages: Tensor,
-    sizes: Sequence[int],
-    rho: Tensor,
+    optimizer: Optimizer, group: dict[str, Any], born: Sequence[_Late], ages: Tensor, rho: Tensor
 ) -> list[Tensor]:
     """``rho c`` of every late part, elementwise; for 8-bit moments c's limit where eps does not count."""
-    beta1, beta2 = (float(beta) for beta in group["betas"])
+    beta1, beta2, eps = (float(value) for value in (*group["betas"], group["eps"]))
     # The parameters of an adapter are stepped together.
     t = int(optimizer.state[born[0].parameter]["step"])
-    first = rho * (1.0 - beta1**t) / (1.0 - beta1**ages)
     root_t, root_k = (1.0 - beta2**t) ** 0.5, (1.0 - beta2**ages).sqrt()
+    limit = _columns(rho * (1.0 - beta1**t) / (1.0 - beta1**ages) * root_k / root_t, born)
     seconds = [optimizer.state[late.parameter].get("exp_avg_sq") for late in born]
     if any(second is None for second in seconds):
-        return _columns(first * root_k / root_t, born, sizes)
-    roots = torch._foreach_sqrt([late.born(v) for late, v in zip(born, seconds, strict=True)])  # pyright: ignore
-    above = torch._foreach_div(roots, root_t)  # pyright: ignore
-    below = torch._foreach_div(roots, _columns(root_k, born, sizes))  # pyright: ignore
-    torch._foreach_add_(above, float(group["eps"]))  # pyright: ignore
-    torch._foreach_add_(below, float(group["eps"]))  # pyright: ignore
-    torch._foreach_div_(above, below)  # pyright: ignore
-    torch._foreach_mul_(above, _columns(first, born, sizes))  # pyright: ignore
-    return list(above)
+        return limit
+    roots = torch._foreach_sqrt([late.born(v).contiguous() for late, v in zip(born, seconds, strict=True)])  # pyright: ignore
+    below = torch._foreach_add(roots, _columns(eps * root_k, born))  # pyright: ignore
+    torch._foreach_add_(roots, eps * root_t)  # pyright: ignore
+    torch._foreach_div_(roots, below)  # pyright: ignore
+    torch._foreach_mul_(roots, limit)  # pyright: ignore
+    return list(roots)
 
 
-def _columns(values: Tensor, born: Sequence[_Late], sizes: Sequence[int]) -> list[Tensor]:
-    """One float64 value per row of all parts together, as one tensor per part that multiplies it."""
+def _columns(values: Tensor, born: Sequence[_Late]) -> list[Tensor]:
+    """One float64 value per component of all parts together, as one tensor per part that multiplies it."""
     like = born[0].before
-    parts = values.to(like.device, torch.promote_types(like.dtype, torch.float32)).split(list(sizes))
-    return [late.along(part.to(late.before.device)) for late, part in zip(born, parts, strict=True)]
+    parts = values.to(like.device, torch.promote_types(like.dtype, torch.float32)).split([len(b.births) for b in born])
+    return [
+        (part if late.before.ndim == 1 else part.unsqueeze(1)).to(late.before.device)
+        for late, part in zip(born, parts, strict=True)
+    ]
