@@ -52,7 +52,7 @@ def run(update, optimizer, scheduler, ramp=RAMP):
             if step == FINAL:
                 update.dissolve_reserve()
             update.stock(added, step, 1e-5)
-        warmup.remember(step)
+        warmup.remember(step, final=False)
         optimizer.step()
         warmup.correct(step)
         scheduler.step()
@@ -182,7 +182,7 @@ def test_the_error_of_one_step_is_rounding():
             update.lora_A.grad, update.lora_B.grad, update.gate.grad = A, B, gate
             if step == birth - 1:
                 update.stock(1, step, 1e-5)
-            warmup.remember(step)
+            warmup.remember(step, final=False)
             optimizer.step()
             warmup.correct(step)
         error = (update.lora_A[START] - own).detach().abs().max() / own.detach().abs().max()

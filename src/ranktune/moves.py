@@ -96,7 +96,7 @@ class Growth(Moves):
     def before_step(self, step: int, final: bool) -> None:
         if step == 0 and not final:
             self._stock(step)
-        self._warmup.remember(step)
+        self._warmup.remember(step, final)
 
     def after_step(self, step: int, final: bool) -> None:  # noqa: ARG002
         self._warmup.correct(step)

@@ -35,29 +35,45 @@ _WHOLE = 1e-4
 
 @dataclass(frozen=True)
 class _Late:
-    """The components of one parameter that were not there from the start.
+    """The components of one parameter that were not there from the start, as they are before a step.
 
     Attributes:
         parameter, dim: the parameter, and the dimension that lists its components.
-        first: index of the first late component.
-        before: their values before the step, components first.
+        first: index of the first of them.
         births: [n] the step at which each of the leading n was first there; the others are not trained yet.
+        born: those n, components first. waiting: the others, or None where nobody will ever ask for them.
     """
 
     parameter: nn.Parameter
     dim: int
     first: int
-    before: Tensor
     births: Tensor
+    born: Tensor
+    waiting: Tensor | None
 
-    def born(self, tensor: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, parameter: nn.Parameter, dim: int, first: int, births: Tensor, keep_waiting: bool) -> _Late:
+        """Copy them."""
+        born = _born(parameter, dim, first, births).clone(memory_format=torch.contiguous_format)
+        waiting = _waiting(parameter, dim, first, births).clone() if keep_waiting else None
+        return cls(parameter, dim, first, births, born, waiting)
+
+    def born_in(self, tensor: Tensor) -> Tensor:
         """The trained late components of a tensor of the parameter's shape, components first."""
-        return tensor.narrow(self.dim, self.first, len(self.births)).movedim(self.dim, 0)
+        return _born(tensor, self.dim, self.first, self.births)
 
-    def waiting(self, tensor: Tensor) -> Tensor:
-        """The untrained late components of a tensor of the parameter's shape, components first."""
-        start = self.first + len(self.births)
-        return tensor.narrow(self.dim, start, tensor.shape[self.dim] - start).movedim(self.dim, 0)
+    def waiting_in(self, tensor: Tensor) -> Tensor:
+        """The untrained late components of a tensor of the parameter's shape."""
+        return _waiting(tensor, self.dim, self.first, self.births)
+
+
+def _born(tensor: Tensor, dim: int, first: int, births: Tensor) -> Tensor:
+    return tensor.detach().narrow(dim, first, len(births)).movedim(dim, 0)
+
+
+def _waiting(tensor: Tensor, dim: int, first: int, births: Tensor) -> Tensor:
+    start = first + len(births)
+    return tensor.detach().narrow(dim, start, tensor.shape[dim] - start)
 
 
 class RestartWarmup:
@@ -79,9 +95,12 @@ class RestartWarmup:
         self._warn_where_inexact()
 
     @torch.no_grad()
-    def remember(self, step: int) -> None:
-        """Before the optimizer's step t, counted from 0: keep what the late components are."""
-        self._late = {id(late.parameter): late for update in self.updates for late in _late_of(update, step)}
+    def remember(self, step: int, final: bool) -> None:
+        """Before the optimizer's step t, counted from 0: keep what the late components are.
+
+        Once growth is final, the vectors of inert components mean nothing any more: only their gates, all zero, do.
+        """
+        self._late = {id(late.parameter): late for update in self.updates for late in _late_of(update, step, final)}
 
     @torch.no_grad()
     def correct(self, step: int) -> None:
@@ -97,14 +116,14 @@ class RestartWarmup:
 
     def _put_back(self, group: dict[str, Any], late: Sequence[_Late]) -> None:
         """Undo the step for components that are not trained; a decay that is part of the gradient left moments too."""
-        waiting = [part.waiting(part.parameter.detach()) for part in late]
+        waiting = [(part.waiting_in(part.parameter), part.waiting) for part in late if part.waiting is not None]
         if waiting:
-            torch._foreach_copy_(waiting, [part.before[len(part.births) :] for part in late])  # pyright: ignore
+            torch._foreach_copy_(*map(list, zip(*waiting, strict=True)))  # pyright: ignore
         if float(group.get("weight_decay", 0.0)) != _decoupled_decay(self.optimizer, group):
             for part in late:
                 for value in self.optimizer.state.get(part.parameter, {}).values():
                     if isinstance(value, Tensor) and value.shape == part.parameter.shape and value.is_floating_point():
-                        part.waiting(value).zero_()
+                        part.waiting_in(value).zero_()
 
     def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: _Rates) -> None:
         ages = (step - torch.cat([late.births for late in born])).double()
@@ -114,8 +133,8 @@ class RestartWarmup:
             gain = _adam_gain(self.optimizer, group, born, ages, rho)
         else:
             gain = _columns(rho, born)
-        now = [late.born(late.parameter.detach()) for late in born]
-        row = [late.before[: len(late.births)] for late in born]
+        now = [late.born_in(late.parameter) for late in born]
+        row = [late.born for late in born]
         step_taken = torch._foreach_sub([part.contiguous() for part in now], row, alpha=1.0 - lr * decay)  # pyright: ignore
         if decay:
             torch._foreach_mul_(row, _columns(1.0 - rho * lr * decay, born))  # pyright: ignore
@@ -187,14 +206,13 @@ def _is_linear(previous: float, now: float) -> bool:
     return abs(remaining - round(remaining)) < _WHOLE
 
 
-def _late_of(update: GrowingUpdate, step: int) -> Iterator[_Late]:
+def _late_of(update: GrowingUpdate, step: int, final: bool) -> Iterator[_Late]:
     # Births ascend. What was born in this very step has had no gradient yet.
     vectors, gates = (births[births < step] for births in update.births())
-    first = update.start_rank
-    for parameter, dim, births in ((update.lora_A, 0, vectors), (update.lora_B, 1, vectors), (update.gate, 0, gates)):
-        if isinstance(parameter, nn.Parameter) and parameter.shape[dim] > first:
-            late = parameter.detach().narrow(dim, first, parameter.shape[dim] - first).movedim(dim, 0)
-            yield _Late(parameter, dim, first, late.clone(memory_format=torch.contiguous_format), births)
+    if update.capacity > update.start_rank:
+        yield _Late.of(update.lora_A, 0, update.start_rank, vectors, not final)
+        yield _Late.of(update.lora_B, 1, update.start_rank, vectors, not final)
+        yield _Late.of(update.required_gate(), 0, update.start_rank, gates, True)
 
 
 def _is_adam(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -224,7 +242,7 @@ def _adam_gain(
     seconds = [optimizer.state[late.parameter].get("exp_avg_sq") for late in born]
     if any(second is None for second in seconds):
         return limit
-    roots = torch._foreach_sqrt([late.born(v).contiguous() for late, v in zip(born, seconds, strict=True)])  # pyright: ignore
+    roots = torch._foreach_sqrt([late.born_in(v).contiguous() for late, v in zip(born, seconds, strict=True)])  # pyright: ignore
     below = torch._foreach_add(roots, _columns(eps * root_k, born))  # pyright: ignore
     torch._foreach_add_(roots, eps * root_t)  # pyright: ignore
     torch._foreach_div_(roots, below)  # pyright: ignore
@@ -234,9 +252,9 @@ def _adam_gain(
 
 def _columns(values: Tensor, born: Sequence[_Late]) -> list[Tensor]:
     """One float64 value per component of all parts together, as one tensor per part that multiplies it."""
-    like = born[0].before
+    like = born[0].born
     parts = values.to(like.device, torch.promote_types(like.dtype, torch.float32)).split([len(b.births) for b in born])
     return [
-        (part if late.before.ndim == 1 else part.unsqueeze(1)).to(late.before.device)
+        (part if late.born.ndim == 1 else part.unsqueeze(1)).to(late.born.device)
         for late, part in zip(born, parts, strict=True)
     ]
