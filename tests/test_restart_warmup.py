@@ -72,6 +72,7 @@ SCHEDULES = {
     "linear": lambda o: get_linear_schedule_with_warmup(o, 5, TOTAL),
     "linear-without-warmup": lambda o: get_linear_schedule_with_warmup(o, 0, TOTAL),
     "constant": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda _: 1.0),
+    "halved": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.5 ** (t // 9)),
     "cosine": lambda o: get_cosine_schedule_with_warmup(o, 0, TOTAL),
 }
 

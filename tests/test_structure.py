@@ -21,6 +21,7 @@ FLOORS = [
         "tuner",
         "adapters",
         "optimizer_state",
+        "row_rates",
         "restart_warmup",
         "moves",
         "gradients",

@@ -26,11 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ranktune.growing import GrowingUpdate
-
-# Where a group keeps its previous learning-rate share. It is saved with the optimizer, so that resuming is bitwise.
-_PREVIOUS = "ranktune_lr_share"
-# How near to a whole number the remaining steps of a linear decay are.
-_WHOLE = 1e-4
+from ranktune.row_rates import RowRates
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class RestartWarmup:
         for group in self.optimizer.param_groups:
             late = [self._late[id(parameter)] for parameter in group["params"] if id(parameter) in self._late]
             self._put_back(group, late)
-            rates = _Rates.of(group, step, self.ramp, self.total_steps)
+            rates = RowRates.of(group, step, self.ramp, self.total_steps)
             born = [part for part in late if len(part.births) and part.parameter.grad is not None]
             if born:
                 self._move(group, born, step, rates)
@@ -125,7 +121,7 @@ class RestartWarmup:
                     if isinstance(value, Tensor) and value.shape == part.parameter.shape and value.is_floating_point():
                         part.waiting_in(value).zero_()
 
-    def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: _Rates) -> None:
+    def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: RowRates) -> None:
         ages = (step - torch.cat([late.births for late in born])).double()
         rho = rates.of_rows(ages)
         lr, decay = float(group["lr"]), _decoupled_decay(self.optimizer, group)
@@ -150,60 +146,6 @@ class RestartWarmup:
                 f"{'AMSGrad' if amsgrad else name} only its learning-rate ramp is kept.",
                 stacklevel=2,
             )
-
-
-@dataclass(frozen=True)
-class _Rates:
-    """Learning rates of rows relative to their group's.
-
-    Attributes:
-        share: the group's rate as a share of its initial one. linear: whether it follows a linear warm-up and decay.
-        step: t, counted from 0. total_steps, ramp: see `RestartWarmup`.
-    """
-
-    share: float
-    linear: bool
-    step: int
-    total_steps: int
-    ramp: int
-
-    @classmethod
-    def of(cls, group: dict[str, Any], step: int, ramp: int, total_steps: int) -> _Rates:
-        """Read the group's schedule off its present and previous learning rate, and note the present one."""
-        initial = float(group.get("initial_lr", group["lr"]))
-        share = float(group["lr"]) / initial if initial else 0.0
-        previous = group.get(_PREVIOUS)
-        group[_PREVIOUS] = share
-        return cls(share, previous is not None and _is_linear(previous, share), step, total_steps, ramp)
-
-    def of_rows(self, ages: Tensor) -> Tensor:
-        """rho for rows of these ages [n].
-
-        Under a linear schedule a row ramps up over w steps and then decays to zero at the end of the run,
-        lambda(s) = s / w, then (N' - s) / (N' - w) with N' the steps that remained at its birth, whatever the group's
-        own rate is by then. Under any other it ramps up to the group's rate.
-        """
-        s = ages - 1.0
-        if self.ramp == 0:
-            return torch.ones_like(s)
-        if not self.linear:
-            return (s / self.ramp).clamp(max=1.0)
-        if self.share == 0.0:
-            return torch.zeros_like(s)
-        remained = self.total_steps - (self.step - ages + 1.0)
-        falling = ((remained - s) / (remained - self.ramp).clamp(min=1.0)).clamp(min=0.0)
-        return torch.where(s < self.ramp, s / self.ramp, falling) / self.share
-
-
-def _is_linear(previous: float, now: float) -> bool:
-    """Whether two successive rates belong to a linear schedule: rising, or falling by a whole fraction of what is left.
-
-    The number of steps is not compared with the run's: a scaler's skipped steps shift one against the other.
-    """
-    if now >= previous:
-        return now > previous
-    remaining = now / (previous - now)
-    return abs(remaining - round(remaining)) < _WHOLE
 
 
 def _late_of(update: GrowingUpdate, step: int, final: bool) -> Iterator[_Late]:
