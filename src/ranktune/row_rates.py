@@ -61,8 +61,10 @@ class RowRates:
 
 
 def _is_linear(previous: float, now: float, left: int) -> bool:
-    """Whether two successive rates belong to a linear schedule: rising, or falling so as to be zero in ``left`` steps."""
+    """Whether two successive rates belong to a linear schedule: rising, or falling to zero in ``left`` steps or a few
+    less."""
     if now >= previous:
         return now > previous
     remaining = now / (previous - now)
-    return abs(remaining - round(remaining)) < _WHOLE and 0 <= left - round(remaining) <= _AHEAD
+    whole = round(remaining)
+    return abs(remaining - whole) < _WHOLE and max(left / 2, left - _AHEAD) <= whole <= left
