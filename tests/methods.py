@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ranktune import DoraConfig, DynamicDoraConfig, RankConfig
+from ranktune import DoraConfig, DynamicDoraConfig, IncreLoraConfig, RankConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ ROWS = [
     Row("dora-low-rank-path", DoraConfig, {"dora_dropout": "low_rank_path"}),
     Row("dynamic-dora", DynamicDoraConfig),
     Row("dynamic-dora-decomposed", DynamicDoraConfig, {"use_dora": True}),
+    Row("increlora", IncreLoraConfig, {"init_r": 2}),
+    Row("increlora-decomposed", IncreLoraConfig, {"use_dora": True, "use_rslora": True}),
 ]
 
 

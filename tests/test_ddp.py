@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import PROJECT
 
 
-def test_two_processes_agree_on_everything():
+@pytest.mark.parametrize("method", ["dynamic-dora", "increlora"])
+def test_two_processes_agree_on_everything(method):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PROJECT}/src:{PROJECT}"}
     done = subprocess.run(
-        [*command, "-m", "tests.distributed.ddp_ranks"],
+        [*command, "-m", "tests.distributed.ddp_ranks", method],
         capture_output=True,
         text=True,
         check=False,

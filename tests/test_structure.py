@@ -13,10 +13,21 @@ SOURCE = Path(ranktune.__file__).parent
 
 # Each floor may import its own and the floors before it. A package name stands for everything in it.
 FLOORS = [
-    {"errors", "lowrank", "magnitude", "schedule", "allocation"},
-    {"config", "norm_cache", "update", "policy"},
+    {"errors", "lowrank", "magnitude", "schedule", "allocation", "sensitivity", "orthogonality"},
+    {"config", "norm_cache", "update", "growing", "policy"},
     {"methods"},
-    {"peft_compat", "tuner", "adapters", "optimizer_state", "controller", "compaction"},
+    {
+        "peft_compat",
+        "tuner",
+        "adapters",
+        "optimizer_state",
+        "row_rates",
+        "restart_warmup",
+        "moves",
+        "gradients",
+        "controller",
+        "compaction",
+    },
     {"integrations", "recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
 ]
 # What pure maths may import besides the standard library.

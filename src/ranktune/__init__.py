@@ -17,19 +17,21 @@ if TYPE_CHECKING:
     from ranktune.adapters import active_parameters, parameter_groups, ranks, total_rank
     from ranktune.compaction import compact
     from ranktune.config import RankConfig
-    from ranktune.controller import ControllerError, RankController
+    from ranktune.controller import RankController
     from ranktune.errors import ConfigError, DataError, RanktuneError, RecipeError
+    from ranktune.gradients import ControllerError
     from ranktune.integrations.trainer import RankCallback
-    from ranktune.methods import DoraConfig, DynamicDoraConfig
+    from ranktune.methods import DoraConfig, DynamicDoraConfig, IncreLoraConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ConfigError": "ranktune.errors",
-    "ControllerError": "ranktune.controller",
+    "ControllerError": "ranktune.gradients",
     "DataError": "ranktune.errors",
     "DoraConfig": "ranktune.methods",
     "DynamicDoraConfig": "ranktune.methods",
+    "IncreLoraConfig": "ranktune.methods",
     "RankCallback": "ranktune.integrations.trainer",
     "RankConfig": "ranktune.config",
     "RankController": "ranktune.controller",
@@ -48,6 +50,7 @@ __all__ = [
     "DataError",
     "DoraConfig",
     "DynamicDoraConfig",
+    "IncreLoraConfig",
     "RankCallback",
     "RankConfig",
     "RankController",

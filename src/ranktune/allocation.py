@@ -34,3 +34,31 @@ def keep_best(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
                 keep[position] = True
                 left -= price
     return keep.view_as(exact)
+
+
+def grow_best(scores: Tensor, room: Tensor, costs: Tensor, budget: int, count: int) -> Tensor:
+    """Give components to the modules with the highest scores, without going over a budget.
+
+    From the best down, ``count`` modules take all they have room for, or as many as the budget still pays for; a module
+    that can take none is passed over and does not count. Of equal scores the earlier module comes first.
+
+    Args:
+        scores: [modules], finite. room: [modules], how many components each may take.
+        costs: [modules], of one component: ones for a budget in ranks.
+        budget: what all of them may cost together. count: how many modules take part, at most.
+
+    Returns:
+        [modules] int64, on the CPU: the components each module gets.
+    """
+    exact = scores.detach().to("cpu", torch.float64)
+    grown = torch.zeros(exact.numel(), dtype=torch.int64)
+    left = budget
+    for module in torch.argsort(exact, descending=True, stable=True).tolist():
+        if count == 0:
+            break
+        taken = min(int(room[module]), left // int(costs[module]))
+        if taken > 0:
+            grown[module] = taken
+            left -= taken * int(costs[module])
+            count -= 1
+    return grown

@@ -138,6 +138,23 @@ class RankConfig(PeftConfig):
         """How many components a module gets at the start, where ``rank_pattern`` does not say otherwise."""
         return self.r
 
+    @property
+    def capacity(self) -> int:
+        """How many components a module has room for, where ``rank_pattern`` does not say otherwise."""
+        return self.start_rank
+
+    def scaling(self, alpha: float, capacity: int) -> float:
+        """The factor on ``B A`` at the start."""
+        return alpha / (capacity**0.5 if self.use_rslora else capacity)
+
+    def make_update(self, in_features: int, out_features: int, capacity: int) -> LowRankUpdate:
+        """The tensors for one module, without values."""
+        return LowRankUpdate(in_features, out_features, capacity, gated=self.gated, **self.update_options())
+
+    def update_options(self) -> dict[str, Any]:
+        """What every kind of update takes from the config."""
+        return {"dropout": self.lora_dropout, "detach_norm": self.detach_norm, "dora_dropout": self.dora_dropout}
+
     def reset_parameters(self, update: LowRankUpdate) -> None:
         """Give a fresh update its starting values."""
         update.reset_parameters(identity=self.init_weights)

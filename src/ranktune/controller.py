@@ -1,8 +1,8 @@
 """`RankController`: the only object that changes ranks while a model trains.
 
 It rides on the optimizer's own step hooks, so the same code serves a raw loop, `transformers.Trainer` and anything
-built on accelerate. Before a step it looks at the gradients; after one it measures, asks the policy and carries out
-what it decides.
+built on accelerate. Before a step it looks at the gradients; before or after it, as the policy wants, it measures, asks
+the policy and has carried out what that decides.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from torch.optim import Optimizer
 
 from ranktune.adapters import updates
 from ranktune.config import RankConfig
-from ranktune.errors import ConfigError, RanktuneError
-from ranktune.optimizer_state import forget_components, warn_if_unknown
+from ranktune.errors import ConfigError
+from ranktune.gradients import (
+    PATIENCE,
+    ControllerError,
+    FiniteGradients,
+    amp_found_inf,
+    loss_scale,
+    mean_over_processes,
+)
+from ranktune.magnitude import norm_dtype
+from ranktune.moves import moves_for
 from ranktune.policy import Layout, RankState
 from ranktune.tuner import RankLayer
 from ranktune.update import LowRankUpdate
 
 logger = logging.getLogger("ranktune")
-
-# After so many steps in a row without a finite gradient the run is stopped.
-_PATIENCE = 20
-
-
-class ControllerError(RanktuneError, RuntimeError):
-    """Training went on without the controller, or cannot go on with it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class RankChange:
         step: optimizer steps done when it changed.
         module: its name in the unwrapped model.
         old, new: rank before and after.
-        score: mean running average of the components that are active after the change; None where none is.
+        score: what the policy thought of the module then; None where none of its components is left.
     """
 
     step: int
@@ -63,12 +65,12 @@ class RankController:
         optimizer: the optimizer that steps the adapter; accelerate's wrapper is unwrapped.
         total_steps: optimizer steps of the whole run, earlier parts of a resumed run included.
         adapter_name: which adapter; the active one by default.
+        scaler: the ``torch.amp.GradScaler`` of a loop of one's own, if any; accelerate's is found.
         penalty_in_loss: the caller adds `penalty` to the loss, and no gradient is added here. Penalties otherwise act
             after gradient clipping, once per optimizer step.
 
     Attributes:
         history: one `RankChange` per module and change, oldest first.
-        skipped: steps that were not taken because a gradient was not finite.
 
     Raises:
         ConfigError: the adapter's method does not move ranks, its budget cannot be met in so many steps, or the
@@ -82,6 +84,7 @@ class RankController:
         total_steps: int,
         *,
         adapter_name: str | None = None,
+        scaler: Any = None,
         penalty_in_loss: bool = False,
     ) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -104,27 +107,38 @@ class RankController:
         self.policy = policy
         self._refuse_unless_optimized()
         self.history: list[RankChange] = []
-        self.skipped = 0
+        self._scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+        self._gradients = FiniteGradients(model)
+        self._moves = moves_for(policy, self.optimizer, self._updates, total_steps)
         self._skipping = False
-        self._skipped_in_a_row = 0
+        self._bad_scores_in_a_row = 0
         self._acted = False
-        self._step_version: tuple[int, int] | None = None
-        self._step = 0
+        self._version: tuple[int, int] | None = None
+        self._step, self._ended = 0, False
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
         self._refuse_if_compacted_too_early(config)
         self._mark(in_charge=True)
+        self._want_scores()
 
     @property
     def step(self) -> int:
         """Optimizer steps done, as the adapter's own state has it: a loaded checkpoint moves it."""
-        counter = cast(Tensor, self._updates[0].rank_step)
-        version = (id(counter), counter._version)
-        if version != self._step_version:
-            self._step, self._step_version = int(counter), version
+        self._follow_loading()
         return self._step
+
+    @property
+    def ended(self) -> bool:
+        """Whether ranks can no longer change."""
+        self._follow_loading()
+        return self._ended
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not taken because a gradient was not finite."""
+        return self._gradients.skipped
 
     def ranks(self) -> dict[str, int]:
         """Module name to its number of active components."""
@@ -135,13 +149,19 @@ class RankController:
         return sum(self.ranks().values())
 
     def importance(self) -> dict[str, dict[str, list[float]]]:
-        """Module name to the running averages of its components, active ("kept") and not ("dropped"), highest first."""
+        """Module name to the scores of its components, active ("kept") and not ("dropped"), highest first.
+
+        A method that scores whole modules has one "kept" score for each.
+        """
         found = {}
         for name, update in zip(self._layout.modules, self._updates, strict=True):
-            average, active = cast(Tensor, update.rank_average), cast(Tensor, update.rank_active)
+            # Module by module: once compacted, they differ in size.
+            state = self._state([update])
+            scores = self.policy.importance(state)
+            kept = state.active if scores.shape == state.active.shape else torch.ones_like(scores, dtype=torch.bool)
             found[name] = {
-                "kept": sorted(average[active].tolist(), reverse=True),
-                "dropped": sorted(average[~active].tolist(), reverse=True),
+                "kept": sorted(scores[kept].tolist(), reverse=True),
+                "dropped": sorted(scores[~kept].tolist(), reverse=True),
             }
         return found
 
@@ -161,6 +181,8 @@ class RankController:
             handle.remove()
         self._handles = []
         self._mark(in_charge=False)
+        for update in self._updates:
+            update.score = None
 
     def finish(self) -> None:
         """Detach, and make sure that the controller did its work.
@@ -178,113 +200,141 @@ class RankController:
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Look at the gradients: skip the step where one is not finite, else add the regulariser's."""
-        self._skipping = _amp_found_inf(optimizer) or self._drop_non_finite(optimizer)
-        if self._skipping or self.penalty_in_loss or not self.policy.penalises(self.step):
+        self._skipping = amp_found_inf(optimizer) or self._gradients.drop_step(optimizer, self.step + 1)
+        if self._skipping:
+            self._clear_scores()
             return
-        scale = getattr(optimizer, "grad_scale", None)
         with torch.no_grad():
-            for parameter, gradient in self.policy.penalty_gradients(self._updates):
-                if parameter.grad is not None:
-                    parameter.grad.add_(gradient if scale is None else gradient * scale)
+            if not self.penalty_in_loss and self.policy.penalises(self.step):
+                self._add_penalty(optimizer)
+            if self.policy.before_step:
+                self._consult()
+            self._moves.before_step(self._step, self._ended)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        """Count the step, measure, and carry out what the policy decides."""
+        """Count the step, and let a policy act that looks at the adapter's tensors."""
         if self._skipping:
             return
         self._acted = True
-        was_final = self.policy.is_final(self.step)
+        self._moves.after_step(self._step, self._ended)
         self._advance()
-        if self.policy.measures(self.step):
-            state = self.policy.observe(self._state(), self.policy.measure(self._updates))
-            self._write("rank_average", state.average)
-            chosen = self.policy.decide(state)
-            if chosen is not None:
-                self._choose(state, chosen.to(state.active.device))
-        if was_final:
-            self._zero_inactive()
+        if not self.policy.before_step:
+            self._consult()
+        self._want_scores()
+
+    def _add_penalty(self, optimizer: Optimizer) -> None:
+        scale = getattr(optimizer, "grad_scale", None)
+        for parameter, gradient in self.policy.penalty_gradients(self._updates):
+            if parameter.grad is not None:
+                part = parameter.grad[tuple(map(slice, gradient.shape))]
+                part.add_(gradient if scale is None else gradient * scale)
+
+    def _consult(self) -> None:
+        """Measure, ask the policy, and have carried out what it decides."""
+        if self._ended or not self.policy.measures(self._step):
+            return
+        state = self._state(self._updates)
+        measured = self._measure()
+        if measured is not None:
+            state = self.policy.observe(state, measured)
+            for update, row in zip(self._updates, state.average, strict=True):
+                cast(Tensor, update.rank_average).copy_(row)
+        chosen = self.policy.decide(state)
+        if chosen is not None:
+            self._choose(state, chosen.to(state.active.device))
 
     def _choose(self, state: RankState, chosen: Tensor) -> None:
         """Make the chosen components the active ones; for good when ranks can no longer change."""
         self._record(state, chosen)
-        self._write("rank_active", chosen)
-        self._zero_inactive()
-        if self.policy.is_final(state.step):
-            warn_if_unknown(self.optimizer)
-            for update, active in zip(self._updates, chosen, strict=True):
-                forget_components(self.optimizer, update, (~active).nonzero().squeeze(1))
+        self._ended = self.policy.has_ended(state.step, chosen.sum(1).tolist())
+        self._moves.apply(chosen, state.step, self._ended)
+        if self._ended:
             self._mark(in_charge=True)
+
+    def _measure(self) -> Tensor | None:
+        """What the policy measures, the same in every process; None where it is not finite."""
+        measured = self.policy.measure(self._updates)
+        if not self.policy.before_step:
+            return measured
+        self._clear_scores()
+        measured = mean_over_processes(measured / loss_scale(self.optimizer, self._scaler))
+        finite = torch.isfinite(measured)
+        if finite.all():
+            self._bad_scores_in_a_row = 0
+            return measured
+        module = self._layout.modules[int((~finite).nonzero()[0])]
+        self._bad_scores_in_a_row += 1
+        logger.warning("step %d: the score of %s is not finite, so no score is counted", self._step + 1, module)
+        if self._bad_scores_in_a_row >= PATIENCE:
+            raise ControllerError(
+                f"{PATIENCE} times in a row a module's score was not finite, first that of {module}. Train in float32 "
+                "or bfloat16, or give RankController the loop's scaler."
+            )
+        return None
+
+    def _want_scores(self) -> None:
+        """Have the next backward score the modules, or not."""
+        wanted = self.policy.before_step and not self._ended and self.policy.measures(self._step)
+        for update in self._updates:
+            if wanted and update.score is None:
+                A = update.lora_A
+                update.score = torch.zeros(1, dtype=norm_dtype(A.dtype), device=A.device, requires_grad=True)
+            elif not wanted:
+                update.score = None
+
+    def _clear_scores(self) -> None:
+        for update in self._updates:
+            if update.score is not None:
+                update.score.grad = None
 
     def _mark(self, in_charge: bool) -> None:
         """Tell the adapter whether somebody moves its ranks, and whether they still will."""
-        final = self.policy.is_final(self.step)
         for update in self._updates:
             update.needs_controller = not in_charge
-            update.ranks_will_move = in_charge and not final
-
-    def _zero_inactive(self) -> None:
-        for update in self._updates:
-            update.required_gate().masked_fill_(~cast(Tensor, update.rank_active), 0.0)
+            update.ranks_will_move = in_charge and not self.ended
 
     def _record(self, state: RankState, chosen: Tensor) -> None:
         old, new = state.active.sum(1).tolist(), chosen.sum(1).tolist()
-        scores = (state.average * chosen).sum(1).div(chosen.sum(1).clamp_min(1)).tolist()
+        scores = self.policy.importance(state)
+        weights = chosen if scores.shape == chosen.shape else torch.ones_like(scores)
+        scores = (scores * weights).sum(1).div(weights.sum(1).clamp_min(1)).tolist()
         for module, before, after, score in zip(self._layout.modules, old, new, scores, strict=True):
             if before != after:
                 self.history.append(RankChange(state.step, module, before, after, score if after else None))
 
-    def _state(self) -> RankState:
-        device = self._updates[0].lora_A.device
+    def _state(self, updates: Sequence[LowRankUpdate]) -> RankState:
+        device = updates[0].lora_A.device
         return RankState(
             self.step,
-            torch.stack([cast(Tensor, update.rank_active).to(device) for update in self._updates]),
-            torch.stack([cast(Tensor, update.rank_average).to(device) for update in self._updates]),
+            torch.stack([cast(Tensor, update.rank_active).to(device) for update in updates]),
+            torch.stack([cast(Tensor, update.rank_average).to(device) for update in updates]),
         )
 
-    def _write(self, name: str, rows: Tensor) -> None:
-        for update, row in zip(self._updates, rows, strict=True):
-            getattr(update, name).copy_(row)
-
     def _advance(self) -> None:
-        done = self.step + 1
-        for update in self._updates:
-            cast(Tensor, update.rank_step).fill_(done)
-        self._step_version = None
+        counters = [cast(Tensor, update.rank_step) for update in self._updates]
+        for counter in counters:
+            counter.fill_(self._step + 1)
+        self._step += 1
+        self._version = (id(counters[0]), counters[0]._version)
 
-    def _drop_non_finite(self, optimizer: Optimizer) -> bool:
-        """Set every gradient to None where one is not finite in any process, which makes the step do nothing."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = _all_finite([parameter.grad for parameter in parameters])
-        if finite:
-            self._skipped_in_a_row = 0
-            return False
-        culprit = self._first_non_finite()
-        for parameter in parameters:
-            parameter.grad = None
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        logger.warning("step %d skipped: a gradient is not finite (%s)", self.step + 1, culprit)
-        if self._skipped_in_a_row >= _PATIENCE:
-            raise ControllerError(
-                f"{_PATIENCE} optimizer steps in a row had gradients that are not finite, first in {culprit}. Lower "
-                "the learning rate, clip gradients, or train in float32 or bfloat16."
-            )
-        return True
-
-    def _first_non_finite(self) -> str:
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                return name
-        return "another process"
+    def _follow_loading(self) -> None:
+        """Take step and end from the adapter where somebody else than `_advance` has written them."""
+        counter = cast(Tensor, self._updates[0].rank_step)
+        version = (id(counter), counter._version)
+        if version != self._version:
+            self._version = version
+            self._step = int(counter)
+            self._ended = self.policy.has_ended(self._step, [update.rank for update in self._updates])
 
     def _refuse_if_compacted_too_early(self, config: RankConfig) -> None:
-        if self.policy.is_final(self.step):
+        if self.ended:
             return
         for name, update in zip(self._layout.modules, self._updates, strict=True):
-            if update.capacity != config.start_rank:
+            if update.capacity != config.capacity:
                 self.close()
                 raise ConfigError(
-                    f"{name} has {update.capacity} components where a run starts with {config.start_rank}: the adapter "
+                    f"{name} has {update.capacity} components where a run starts with {config.capacity}: the adapter "
                     "was compacted, and its ranks are final. Start from a checkpoint, or train it as it is without a "
                     "controller."
                 )
@@ -354,25 +404,6 @@ def active_adapter(model: nn.Module) -> str:
 def _layout(names: Sequence[str], adapter: Sequence[LowRankUpdate]) -> Layout:
     costs = [update.lora_A.shape[1] + update.lora_B.shape[0] + 1 for update in adapter]
     return Layout(tuple(names), torch.tensor(costs, dtype=torch.int64))
-
-
-def _amp_found_inf(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler found an overflow and hands the step to a fused optimizer that will not take it."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found > 0)
-
-
-def _all_finite(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether every gradient is finite in every process."""
-    present = [gradient for gradient in gradients if gradient is not None]
-    norms = torch._foreach_norm(present) if present else []  # pyright: ignore[reportPrivateImportUsage]
-    device = present[0].device if present else torch.device("cpu")
-    flag = torch.zeros(1, device=device)
-    if norms:
-        flag += (~torch.isfinite(torch.stack([norm.to(device) for norm in norms]))).any()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return not bool(flag)
 
 
 def history_records(history: Sequence[RankChange]) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ranktune.sensitivity import sensitivity
+
 # Tokens per slice of a reduction over tokens on the CPU.
 _SLICE = 256
 
@@ -35,6 +37,7 @@ def low_rank_linear(
     dropout: float = 0.0,
     drop_base_path: bool = True,
     small_gain: bool = False,
+    score: Tensor | None = None,
 ) -> Tensor:
     """Apply a frozen linear layer and its low-rank update in one autograd node.
 
@@ -50,6 +53,8 @@ def low_rank_linear(
             dropped-out input (DoRA's two paths; a second product with ``weight``) or only the low-rank path does.
         small_gain: some ``1 + offset`` is so near zero that the output cannot be divided by it; backward then
             recomputes the unscaled output with one more product.
+        score: [1], a leaf whose gradient shall be the update's sensitivity (`ranktune.sensitivity`): one more product
+            in backward.
 
     Returns:
         [..., out] in the compute dtype.
@@ -62,9 +67,9 @@ def low_rank_linear(
     survival = 1.0 / (1.0 - dropout)
     with torch.autocast(x.device.type, enabled=False):
         if offset is not None and dropped is not None and drop_base_path:
-            y = _TwoPathLinear.apply(flat, weight, bias, A, B, scale, offset, dropped, survival)
+            y = _TwoPathLinear.apply(flat, weight, bias, A, B, scale, offset, dropped, survival, score)
         else:
-            y = _LowRankLinear.apply(flat, weight, bias, A, B, scale, offset, dropped, survival, small_gain)
+            y = _LowRankLinear.apply(flat, weight, bias, A, B, scale, offset, dropped, survival, small_gain, score)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -122,6 +127,7 @@ class _LowRankLinear(torch.autograd.Function):
         dropped: Tensor | None,
         survival: float,
         small_gain: bool,
+        score: Tensor | None,  # noqa: ARG004  (only its gradient matters)
     ) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         u = _zero(x, dropped) @ (A * survival).T
@@ -169,9 +175,11 @@ class _LowRankLinear(torch.autograd.Function):
                 dx.addmm_(du, A)
             else:
                 dx.add_((du @ (A * ctx.survival)).masked_fill_(dropped, 0.0))
-        dA = (du.T @ _zero(x, dropped)).mul_(ctx.survival) if needs[3] else None
+        zeroed = _zero(x, dropped) if needs[3] or needs[10] else x
+        dA = (du.T @ zeroed).mul_(ctx.survival) if needs[3] else None
         dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
-        return dx, None, None, dA, dB, None, d_offset, None, None, None
+        d_score = sensitivity(dv, zeroed, A, B, ctx.scale * ctx.survival) if needs[10] else None
+        return dx, None, None, dA, dB, None, d_offset, None, None, None, d_score
 
 
 class _TwoPathLinear(torch.autograd.Function):
@@ -189,6 +197,7 @@ class _TwoPathLinear(torch.autograd.Function):
         offset: Tensor,
         dropped: Tensor,
         survival: float,
+        score: Tensor | None,  # noqa: ARG004
     ) -> Tensor:
         w = weight.to(x.dtype)
         y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
@@ -215,6 +224,8 @@ class _TwoPathLinear(torch.autograd.Function):
             # Not dv - dy: in bfloat16 a small offset would be lost in the difference.
             through_dropout = ((dy * offset.to(dy.dtype)) @ w).addmm_(du, A, alpha=ctx.survival, beta=ctx.survival)
             dx = (dy @ w).add_(through_dropout.masked_fill_(dropped, 0.0))
-        dA = (du.T @ _zero(x, dropped)).mul_(ctx.survival) if needs[3] else None
+        zeroed = _zero(x, dropped) if needs[3] or needs[9] else x
+        dA = (du.T @ zeroed).mul_(ctx.survival) if needs[3] else None
         dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
-        return dx, None, None, dA, dB, None, d_offset, None, None
+        d_score = sensitivity(dv, zeroed, A, B, ctx.scale * ctx.survival) if needs[9] else None
+        return dx, None, None, dA, dB, None, d_offset, None, None, d_score

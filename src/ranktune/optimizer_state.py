@@ -67,8 +67,7 @@ def warn_if_unknown(optimizer: Optimizer) -> None:
 
 
 def _indexed_parameters(update: LowRankUpdate) -> Iterator[tuple[nn.Parameter, int]]:
-    for name, dim in update.COMPONENT_DIM.items():
-        tensor = getattr(update, name)
+    for tensor, dim in update.components():
         if isinstance(tensor, nn.Parameter):
             yield tensor, dim
 

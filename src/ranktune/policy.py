@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class RankState:
     Attributes:
         step: optimizer steps done.
         active: [M, R] bool, the components that count as the module's rank.
-        average: [M, R], the policy's running average of what it measures.
+        average: [M, R], or [M, K] with K of the policy's choice, the running averages of what it measures.
     """
 
     step: int
@@ -46,29 +47,37 @@ class RankState:
 class RankPolicy(ABC):
     """A method's rule for moving ranks over a run of known length."""
 
+    # Whether it measures gradients, and so acts between backward and the optimizer's step, when ``step`` optimizer
+    # steps are done before it. Otherwise it acts after the step and looks at the adapter's tensors.
+    before_step: ClassVar[bool] = False
+
     @abstractmethod
     def measures(self, step: int) -> bool:
-        """Whether something is measured after this step."""
+        """Whether something is measured, and perhaps decided, when ``step`` optimizer steps are done."""
 
     @abstractmethod
     def measure(self, updates: Sequence[LowRankUpdate]) -> Tensor:
-        """Score every component [M, R] from the adapter's tensors as they are."""
+        """Score every component [M, R], or every module [M], from the adapter's tensors as they are."""
 
     @abstractmethod
     def observe(self, state: RankState, measured: Tensor) -> RankState:
-        """Take a measurement into the running average."""
+        """Take a measurement into the running averages."""
 
     @abstractmethod
     def decide(self, state: RankState) -> Tensor | None:
         """The components to be active from now on [M, R] bool, or None when nothing is to be decided at this step."""
 
     @abstractmethod
-    def is_final(self, step: int) -> bool:
-        """Whether ranks can no longer change: inactive components then stay at zero for good."""
+    def importance(self, state: RankState) -> Tensor:
+        """The scores that decisions go by, for the record: of every component [M, R], or of every module [M, 1]."""
+
+    @abstractmethod
+    def has_ended(self, step: int, ranks: Sequence[int]) -> bool:
+        """Whether ranks can no longer change, with so many steps done and modules of those ranks."""
 
     @abstractmethod
     def budget(self, step: int) -> int:
-        """What the active components may cost after this step, in ranks or in parameters."""
+        """What the active components may cost when ``step`` steps are done, in ranks or in parameters."""
 
     @abstractmethod
     def penalises(self, step: int) -> bool:
@@ -80,4 +89,26 @@ class RankPolicy(ABC):
 
     @abstractmethod
     def penalty_gradients(self, updates: Sequence[LowRankUpdate]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of a parameter and the regulariser's gradient for it, in closed form."""
+        """Pairs of a parameter and the regulariser's gradient for it, in closed form.
+
+        A gradient smaller than its parameter is that of the leading rows and columns.
+        """
+
+
+class GrowthPolicy(RankPolicy):
+    """A policy that adds components, out of a reserve that is kept beside the active ones.
+
+    Attributes:
+        reserve_gate: the constant gate of a component in reserve.
+        ramp: steps over which a component that was added reaches the learning rate; 0 is at once.
+        keep_output: whether growing a module leaves its output as it is, although the scale falls.
+    """
+
+    before_step: ClassVar[bool] = True
+    reserve_gate: float
+    ramp: int
+    keep_output: bool
+
+    @abstractmethod
+    def reserve(self, rank: int) -> int:
+        """How many components a module of that rank keeps in reserve."""

@@ -47,3 +47,40 @@ class CubicPruning:
     def is_event(self, step: int) -> bool:
         """Whether components are chosen after this step."""
         return step == self.end or (self.begin < step < self.end and (step - self.begin) % self.interval == 0)
+
+
+@dataclass(frozen=True)
+class GrowthSchedule:
+    """When components are added (Zhang 2023, section 4 of the authors' allocator).
+
+    With ``t`` the optimizer step counted from 0, a round is held at every multiple of ``interval`` above ``warmup``,
+    strictly: with both at 100, the first is at t = 200.
+
+    Attributes:
+        warmup: no round up to and including this step.
+        interval: steps between two rounds.
+        total_steps: the run has steps 0 to total_steps - 1.
+        window: scores are taken on so many steps up to each round, the round's own among them; None is every step.
+    """
+
+    warmup: int
+    interval: int
+    total_steps: int
+    window: int | None = None
+
+    def is_event(self, step: int) -> bool:
+        """Whether step t holds a round."""
+        return step > self.warmup and step % self.interval == 0
+
+    def rounds_before(self, step: int) -> int:
+        """How many rounds are held at steps below ``step``."""
+        return max(0, (step - 1) // self.interval - self.warmup // self.interval)
+
+    def rounds_from(self, step: int) -> int:
+        """How many rounds the run still holds at ``step`` and later."""
+        return self.rounds_before(self.total_steps) - self.rounds_before(step)
+
+    def is_scored(self, step: int) -> bool:
+        """Whether step t is in the window before some round of the run."""
+        next_round = max(-(-step // self.interval), self.warmup // self.interval + 1) * self.interval
+        return next_round < self.total_steps and (self.window is None or next_round - step < self.window)

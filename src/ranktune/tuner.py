@@ -70,20 +70,12 @@ class RankLayer(nn.Module, BaseTunerLayer):
             config: its configuration.
             key: the module's name, which ``rank_pattern`` and ``alpha_pattern`` are matched against.
         """
-        r = pattern_value(config.rank_pattern, key, config.start_rank)
+        r = pattern_value(config.rank_pattern, key, config.capacity)
         alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
-        update = LowRankUpdate(
-            self.in_features,
-            self.out_features,
-            r,
-            gated=config.gated,
-            dropout=config.lora_dropout,
-            detach_norm=config.detach_norm,
-            dora_dropout=config.dora_dropout,
-        )
+        update = config.make_update(self.in_features, self.out_features, r)
         config.reset_parameters(update)
         self.r[adapter_name] = r
-        self.scaling[adapter_name] = alpha / (r**0.5 if config.use_rslora else r)
+        self.scaling[adapter_name] = config.scaling(alpha, r)
         self.ranktune_update[adapter_name] = update
         super()._move_adapter_to_device_of_base_layer(adapter_name)
         if config.use_dora:

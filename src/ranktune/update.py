@@ -7,7 +7,7 @@ least float32 whatever the base's dtype, and row norms are reused while nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ranktune.lowrank import low_rank_linear
 from ranktune.magnitude import gain_offset, has_small_gain, norm_dtype, row_norms
 from ranktune.norm_cache import NormCache
+from ranktune.sensitivity import SensitivityTap
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LowRankUpdate(nn.Module):
         in_features, out_features: the base layer's shape.
         capacity: R, the number of rank-1 components there is room for.
         gated: whether each component has a trained gate, and with it a rank state that a policy moves.
+        averages: how many running averages the policy keeps of the module; None is one for each component.
         dropout: probability on the update's input, in training.
         detach_norm: whether the norm is a constant in backward (DoRA section 4.3).
         dora_dropout: see `ranktune.config.RankConfig`.
@@ -48,8 +50,10 @@ class LowRankUpdate(nn.Module):
         lora_A: [R, in]. lora_B: [out, R].
         gate: [R], at least float32, or None.
         lora_magnitude_vector: m [out], at least float32, or None.
-        rank_active: [R] bool, the components that count as the rank; rank_average: [R], the policy's running average;
-            rank_step: [1] int64, optimizer steps done. None without gates. They are saved with the weights.
+        rank_active: [R] bool, the components that count as the rank; rank_average: [R] or [averages], the policy's
+            running averages; rank_step: [1] int64, optimizer steps done. None without gates. They are saved with the
+            weights.
+        score: [1], a leaf that receives the update's sensitivity as its gradient, while a controller wants it.
     """
 
     gate: nn.Parameter | None
@@ -58,8 +62,8 @@ class LowRankUpdate(nn.Module):
     rank_average: Tensor | None
     rank_step: Tensor | None
 
-    # The dimension along which each tensor lists the components.
-    COMPONENT_DIM: ClassVar[dict[str, int]] = {
+    # The dimension along which a tensor lists the components.
+    _COMPONENT_DIM: ClassVar[dict[str, int]] = {
         "lora_A": 0,
         "lora_B": 1,
         "gate": 0,
@@ -77,6 +81,7 @@ class LowRankUpdate(nn.Module):
         capacity: int,
         *,
         gated: bool = False,
+        averages: int | None = None,
         dropout: float = 0.0,
         detach_norm: bool = True,
         dora_dropout: Literal["both_paths", "low_rank_path"] = "both_paths",
@@ -90,11 +95,13 @@ class LowRankUpdate(nn.Module):
         self.register_parameter("gate", nn.Parameter(torch.ones(capacity)) if gated else None)
         self.register_parameter("lora_magnitude_vector", None)
         self.register_buffer("rank_active", torch.ones(capacity, dtype=torch.bool) if gated else None)
-        self.register_buffer("rank_average", torch.zeros(capacity) if gated else None)
+        self.register_buffer("rank_average", torch.zeros(capacity if averages is None else averages) if gated else None)
         self.register_buffer("rank_step", torch.zeros(1, dtype=torch.int64) if gated else None)
         # Set by a controller: whether nobody moves the ranks that should be moved, and whether they still will be.
         self.needs_controller = gated
         self.ranks_will_move = False
+        self.score: Tensor | None = None
+        self._averages = averages
         self._cache = NormCache()
 
     @property
@@ -109,21 +116,36 @@ class LowRankUpdate(nn.Module):
             return self.capacity
         return int(self.rank_active.sum())
 
+    @property
+    def window(self) -> int:
+        """How many leading components take part in forward."""
+        return self.capacity
+
+    @property
+    def trained(self) -> int:
+        """How many leading components have vectors that are trained."""
+        return self.capacity
+
     def required_gate(self) -> nn.Parameter:
         """The gate of an update that has one."""
         if self.gate is None:
             raise AttributeError("this update has no gate: its method does not move ranks")
         return self.gate
 
+    def components(self) -> Iterator[tuple[Tensor, int]]:
+        """The tensors that list the components, and the dimension along which each does."""
+        for name, dim in self._COMPONENT_DIM.items():
+            tensor = getattr(self, name)
+            if tensor is not None and (name != "rank_average" or self._averages is None):
+                yield tensor, dim
+
     def keep_components(self, kept: Tensor) -> None:
         """Drop all components but those at the indices ``kept`` [k], for good.
 
         Every Parameter stays the object it is, so an optimizer's references hold; gradients are dropped.
         """
-        for name, dim in self.COMPONENT_DIM.items():
-            tensor = getattr(self, name)
-            if tensor is not None:
-                _replace_data(tensor, tensor.data.index_select(dim, kept.to(tensor.device)).contiguous())
+        for tensor, dim in self.components():
+            _replace_data(tensor, tensor.data.index_select(dim, kept.to(tensor.device)).contiguous())
 
     @property
     def decomposed(self) -> bool:
@@ -152,25 +174,26 @@ class LowRankUpdate(nn.Module):
             return 0
         constants = self._cache.constants(weight)
         with torch.no_grad():
-            norms = row_norms(weight, constants, self.lora_A, self._gated_columns(), scale)
+            norms = row_norms(weight, constants, *self.factors(scale))
         self.lora_magnitude_vector = nn.Parameter(norms)
         return int((constants.squared == 0).sum())
 
     def forward(self, x: Tensor, base: Base, scale: float) -> Tensor:
         """The adapted layer's output [..., out] for x [..., in], through the fused op."""
-        B = self._gated_columns()
-        offset = self._gain_offset(base.weight, B, scale) if self.decomposed else None
+        A, B, scale = self.factors(scale)
+        offset = self._gain_offset(base.weight, A, B, scale) if self.decomposed else None
         return low_rank_linear(
             x,
             base.weight,
             base.bias,
-            self.lora_A,
+            A,
             B,
             scale,
             offset=offset,
             dropout=self.dropout if self.training else 0.0,
             drop_base_path=self.drop_base_path,
             small_gain=offset is not None and offset.requires_grad and has_small_gain(offset),
+            score=self.score if self.training else None,
         )
 
     def plain_delta(self, x: Tensor, base_output: Tensor, base: Callable[[], Base], scale: float) -> Tensor:
@@ -182,8 +205,10 @@ class LowRankUpdate(nn.Module):
         dtype = base_output.dtype
         dropout = self.dropout if self.training else 0.0
         dropped = F.dropout(x.to(dtype), dropout)
-        B = self._gated_columns()
-        low_rank = F.linear(F.linear(dropped, self.lora_A.to(dtype)), B.to(dtype)) * scale
+        A, B, scale = self.factors(scale)
+        low_rank = F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype)) * scale
+        if self.score is not None and self.training:
+            low_rank = SensitivityTap.apply(low_rank, dropped, A.to(dtype), B.to(dtype), scale, self.score)
         if not self.decomposed:
             return low_rank
         layer = base()
@@ -191,30 +216,34 @@ class LowRankUpdate(nn.Module):
             unscaled = F.linear(dropped, layer.weight.to(dtype))
         else:
             unscaled = base_output if layer.bias is None else base_output - layer.bias
-        return (low_rank + self._gain_offset(layer.weight, B, scale) * (unscaled + low_rank)).to(dtype)
+        return (low_rank + self._gain_offset(layer.weight, A, B, scale) * (unscaled + low_rank)).to(dtype)
 
     def delta_weight(self, weight: Tensor, scale: float) -> Tensor:
         """``W' - W`` [out, in], at least float32: what forward adds in evaluation."""
         wide = norm_dtype(weight.dtype)
-        B = self._gated_columns()
-        delta = scale * (B.to(wide) @ self.lora_A.to(wide))
+        A, B, scale = self.factors(scale)
+        delta = scale * (B.to(wide) @ A.to(wide))
         if self.decomposed:
-            delta = delta + self._gain_offset(weight, B, scale).unsqueeze(1) * (weight.to(wide) + delta)
+            delta = delta + self._gain_offset(weight, A, B, scale).unsqueeze(1) * (weight.to(wide) + delta)
         return delta
 
-    def _gated_columns(self) -> Tensor:
-        """``B diag(gate)`` [out, R]."""
-        return self.lora_B if self.gate is None else self.lora_B * self.gate
+    def factors(self, scale: float) -> tuple[Tensor, Tensor, float]:
+        """A [k, in], ``B diag(gate)`` [out, k] and the scale, of the components that forward adds.
 
-    def _gain_offset(self, weight: Tensor, B: Tensor, scale: float) -> Tensor:
+        Args:
+            scale: the layer's ``scaling``.
+        """
+        return self.lora_A, self.lora_B if self.gate is None else self.lora_B * self.gate, scale
+
+    def _gain_offset(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """``m / ||W + s B A|| - 1`` [out], for the gated B."""
         if self.detach_norm or not torch.is_grad_enabled():
             sources = [self.lora_A, self.lora_B] if self.gate is None else [self.lora_A, self.lora_B, self.gate]
-            norms = self._cache.norms(weight, self.lora_A, B, scale, sources)
+            norms = self._cache.norms(weight, A, B, scale, sources)
         else:
             guard = not torch.compiler.is_compiling()
             constants = self._cache.constants(weight)
-            norms = row_norms(weight, constants, self.lora_A, B, scale, guard=guard)
+            norms = row_norms(weight, constants, A, B, scale, guard=guard)
         return gain_offset(cast(Tensor, self.lora_magnitude_vector), norms)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankUpdate:
@@ -237,12 +266,10 @@ class LowRankUpdate(nn.Module):
 
     def _resize(self, capacity: int) -> None:
         """Make room for another number of components, without values."""
-        for name, dim in self.COMPONENT_DIM.items():
-            tensor = getattr(self, name)
-            if tensor is not None:
-                shape = list(tensor.shape)
-                shape[dim] = capacity
-                _replace_data(tensor, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+        for tensor, dim in self.components():
+            shape = list(tensor.shape)
+            shape[dim] = capacity
+            _replace_data(tensor, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
 
 
 def _replace_data(tensor: Tensor, data: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""Run under torchrun by test_ddp.py: two processes, different data, one bad gradient; prints what each ends with."""
+"""Run under torchrun by test_ddp.py: two processes, different data, one bad gradient; prints what each ends with.
+
+The argument names the method.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ import torch
 from accelerate import Accelerator
 
 import ranktune
-from ranktune import DynamicDoraConfig, RankController
+from ranktune import DynamicDoraConfig, IncreLoraConfig, RankController
 from tests.methods import TARGETS, build_base, inputs
 
 STEPS = 30
+CONFIGS = {
+    "dynamic-dora": DynamicDoraConfig(r=4, target_modules=TARGETS, prune_interval=2, dem_weight=0.2),
+    "increlora": IncreLoraConfig(r=4, target_modules=TARGETS, grow_interval=3, top_h=1, grow_by=2),
+}
 
 
 def main() -> None:
@@ -22,9 +29,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
     torch.manual_seed(rank)  # DDP broadcasts the first process's weights
-    model = peft.get_peft_model(
-        build_base("Linear"), DynamicDoraConfig(r=4, target_modules=TARGETS, prune_interval=2, dem_weight=0.2)
-    )
+    model = peft.get_peft_model(build_base("Linear"), CONFIGS[sys.argv[1]])
     optimizer = torch.optim.AdamW(ranktune.parameter_groups(model, 0.02, 0.01), lr=0.02)
     model, optimizer = accelerator.prepare(model, optimizer)
     controller = RankController(model, optimizer, STEPS)

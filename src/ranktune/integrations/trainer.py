@@ -61,7 +61,7 @@ class RankCallback(TrainerCallback):
     @property
     def final(self) -> bool:
         """Whether ranks no longer move: always so where they are fixed."""
-        return self.controller is None or self.controller.policy.is_final(self.controller.step)
+        return self.controller is None or self.controller.ended
 
     @property
     def history(self) -> list[RankChange]:

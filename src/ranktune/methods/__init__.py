@@ -2,5 +2,6 @@
 
 from ranktune.methods.dora import DoraConfig
 from ranktune.methods.dynamic_dora import DynamicDoraConfig
+from ranktune.methods.increlora import IncreLoraConfig
 
-__all__ = ["DoraConfig", "DynamicDoraConfig"]
+__all__ = ["DoraConfig", "DynamicDoraConfig", "IncreLoraConfig"]

@@ -151,8 +151,15 @@ class DynamicDoraPolicy(RankPolicy):
             return None
         return keep_best(state.average, self.costs, self.schedule.budget(state.step))
 
+    def importance(self, state: RankState) -> Tensor:
+        return state.average
+
     def is_final(self, step: int) -> bool:
+        """Whether pruning is complete: inactive components then stay at zero for good."""
         return step >= self.schedule.end
+
+    def has_ended(self, step: int, ranks: Sequence[int]) -> bool:  # noqa: ARG002
+        return self.is_final(step)
 
     def budget(self, step: int) -> int:
         return self.schedule.budget(step)
