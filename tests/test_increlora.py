@@ -17,7 +17,7 @@ from ranktune import ConfigError, IncreLoraConfig, RankController
 from ranktune.adapters import updates
 from ranktune.methods.increlora import IncreLoraPolicy
 from ranktune.policy import Layout, RankState
-from tests.methods import TARGETS, build_base, inputs, perturb
+from tests.methods import TARGETS, Linears, build_base, inputs, perturb
 
 # Where only a score or a penalty is looked at, nobody moves ranks.
 pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is being trained without a controller")
@@ -539,3 +539,9 @@ def test_a_hooked_penalty_equals_one_in_the_loss():
         paths.append([p.detach().clone() for n, p in model.named_parameters() if "ranktune_" in n])
     for hooked, added in zip(*paths, strict=True):
         torch.testing.assert_close(hooked, added, rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_without_storage_shows_the_starting_rank():
+    with torch.device("meta"):
+        model = peft.get_peft_model(Linears(), IncreLoraConfig(r=4, target_modules=TARGETS))
+    assert ranktune.ranks(model) == dict.fromkeys(TARGETS, 1)

@@ -63,6 +63,13 @@ def test_components_are_ranked_by_importance_across_modules():
     assert (len(kept.get_xdata()), len(dropped.get_xdata())) == (10, 8)
 
 
+def test_scores_of_whole_modules_are_called_so():
+    figure = importance_figure({"a": {"kept": [0.2], "dropped": []}, "b": {"kept": [0.4], "dropped": []}}, "title")
+    assert figure.axes[0].get_xlabel() == "module, by importance"
+    assert list(figure.axes[0].lines[0].get_ydata()) == [0.2, 0.4]
+    assert list(figure.axes[0].lines[0].get_xdata()) == [2, 1]
+
+
 @pytest.mark.parametrize("moved", [True, False])
 def test_a_runs_pictures(tmp_path, moved):
     directory = RunDirectory(tmp_path)

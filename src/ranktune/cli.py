@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -64,6 +65,15 @@ def _console() -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=200)
+
+
+def _share_the_cores() -> None:
+    """Let torch's idle threads sleep instead of spinning; to be called before torch is imported.
+
+    Spinning wins a quarter on an otherwise idle machine. Beside one other busy process it makes a training step of a
+    small model 3 to 8 times slower, since each waiting thread occupies the core that the other one waits for.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _print_version(wanted: bool) -> None:
@@ -129,6 +139,7 @@ def train(
 
         ranktune train my.yaml method.name=lora method.r=4 output=runs/lora-4
     """
+    _share_the_cores()
     from ranktune.recipe import load_recipe, recipe_text
 
     loaded = load_recipe(recipe, overrides or [])
@@ -177,6 +188,7 @@ def evaluate(
     """
     import json
 
+    _share_the_cores()
     from ranktune.evaluation import evaluate as evaluate_run
     from ranktune.report.tables import scores_table
     from ranktune.run.display import showing

@@ -60,6 +60,11 @@ class GrowingUpdate(LowRankUpdate):
         self._births = torch.full((2, capacity), UNBORN, device="cpu")
 
     @property
+    def rank(self) -> int:
+        """The number of components in use, known without storage too."""
+        return self.rank_now
+
+    @property
     def window(self) -> int:
         """How many leading components are active or in reserve."""
         return self._window

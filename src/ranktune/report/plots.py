@@ -49,5 +49,5 @@ def _movement(events: list[Event], ranks: dict, run: str) -> tuple[Figure, Figur
     return (
         budget_figure(history, events, f"Total rank: {run}"),
         rank_history_figure(history, f"Rank of each module over time: {run}"),
-        importance_figure(ranks["importance"], f"Importance of the components: {run}"),
+        importance_figure(ranks["importance"], f"Importance: {run}"),
     )

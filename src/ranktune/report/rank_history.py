@@ -73,7 +73,7 @@ def rank_history_figure(history: RankHistory, title: str) -> Figure:
 
 
 def importance_figure(importance: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> Figure:
-    """Every component of every module by falling importance, kept and dropped ones told apart."""
+    """Everything that was scored by falling importance: components, kept and dropped ones told apart, or modules."""
     kept = [score for module in importance.values() for score in module["kept"]]
     dropped = [score for module in importance.values() for score in module["dropped"]]
     order = np.argsort([-score for score in [*kept, *dropped]], kind="stable")
@@ -81,10 +81,12 @@ def importance_figure(importance: Mapping[str, Mapping[str, Sequence[float]]], t
     places[order] = np.arange(1, len(order) + 1)
     figure, axes = new_figure(7.2, 4.2)
     axes.plot(places[: len(kept)], kept, ".", color=BLUE, markersize=5, label=f"kept ({len(kept)})")
-    axes.plot(places[len(kept) :], dropped, ".", color=GREY, markersize=5, label=f"dropped ({len(dropped)})")
+    if dropped:
+        axes.plot(places[len(kept) :], dropped, ".", color=GREY, markersize=5, label=f"dropped ({len(dropped)})")
+        axes.legend(frameon=False)
+    scored = "module" if not dropped and len(kept) == len(importance) else "component"
     positive = [score for score in [*kept, *dropped] if score > 0]
     if positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
-    dress(axes, title, "component, by importance", "importance (running average)")
-    axes.legend(frameon=False)
+    dress(axes, title, f"{scored}, by importance", "importance (running average)")
     return figure
