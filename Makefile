@@ -32,7 +32,7 @@ test: setup  ## the whole test suite
 check: setup  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: setup  ## rewrite the files the way `check` wants them
 	$(BIN)/ruff check --fix .
