@@ -460,6 +460,27 @@ def test_under_a_scaler_scores_are_those_of_full_precision(fused):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_scores_of_a_step_that_a_scaler_skips_are_left_out(fused):
+    """Without a fused optimizer no hook tells of the skip; the lowered loss scale does."""
+    model = build(score_window="all")
+    optimizer = optimizer_of(model, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    controller = RankController(model, optimizer, STEPS, scaler=scaler)
+    for attempt in range(STEPS + 1):
+        optimizer.zero_grad()
+        before = averages(model)
+        # Large enough to overflow the gradients, not the scores.
+        scaler.scale(loss_of(model, attempt) * (1e36 if attempt == 7 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if attempt in (7, 8):
+            assert torch.equal(averages(model), before)
+        assert averages(model).max() < 1e6
+    assert controller.step == STEPS
+    assert controller.total_rank() == 12
+
+
 def test_scores_are_taken_in_the_window_and_never_after_the_target(monkeypatch):
     calls = []
     measured = ranktune.sensitivity.sensitivity

@@ -112,6 +112,7 @@ class RankController:
         self._moves = moves_for(policy, self.optimizer, self._updates, total_steps)
         self._skipping = False
         self._bad_scores_in_a_row = 0
+        self._loss_scale = 0.0
         self._acted = False
         self._version: tuple[int, int] | None = None
         self._step, self._ended = 0, False
@@ -258,7 +259,12 @@ class RankController:
         if not self.policy.before_step:
             return measured
         self._clear_scores()
-        measured = mean_over_processes(measured / loss_scale(self.optimizer, self._scaler))
+        scale = loss_scale(self.optimizer, self._scaler)
+        backed_off, self._loss_scale = scale < self._loss_scale, scale
+        if backed_off:
+            # A step that a scaler skipped, with no hook called, has left its scores among these.
+            return None
+        measured = mean_over_processes(measured / scale)
         finite = torch.isfinite(measured)
         if finite.all():
             self._bad_scores_in_a_row = 0
