@@ -191,6 +191,16 @@ def test_training_without_a_controller_warns_and_says_how_to_fix_it():
     model.eval()(inputs())
 
 
+def test_a_layer_that_is_not_fused_warns_too():
+    """Hooked, quantised and doubly adapted layers take another path, and their ranks stay just as silently."""
+    model = build()
+    for name, _ in updates(model):
+        model.get_submodule(f"base_model.model.{name}.base_layer").register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="without a controller"):
+        model(inputs()).sum().backward()
+    model.eval()(inputs())
+
+
 def test_a_closed_controller_is_no_controller():
     model = build()
     optimizer = optimizer_of(model)
