@@ -455,3 +455,12 @@ def test_a_module_that_lost_every_component_has_no_score_in_the_history():
     with torch.no_grad():
         controller._choose(state, kept)
     assert [(change.module, change.new, change.score) for change in controller.history] == [("wide", 0, None)]
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* is being trained without a controller")
+@pytest.mark.parametrize("which", ADAFACTORS)
+def test_adafactor_of_a_single_component_may_lose_it(which):
+    optimizer, update, _ = adafactor_of(which, build(r=1, init_r=1))
+    keep_components(optimizer, update, torch.tensor([], dtype=torch.int64))
+    over_components = {"transformers": "exp_avg_sq_row", "torch": "row_var"}[which]
+    assert optimizer.state[update.lora_A][over_components].numel() == 0
