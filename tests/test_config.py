@@ -21,11 +21,18 @@ from ranktune.config import METHODS, config_from_fields, register_method
         ({"lora_alpha": float("nan")}, r"lora_alpha=nan"),
         ({"lora_alpha": "8"}, r"lora_alpha='8'"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must be a probability in \[0, 1\)"),
+        ({"lora_alpha": float("inf")}, r"lora_alpha=inf"),
+        ({"lora_alpha": True}, r"lora_alpha=True"),
         ({"lora_dropout": -0.1}, r"lora_dropout=-0.1"),
+        ({"lora_dropout": "0.1"}, r"lora_dropout='0.1'"),
         ({"rank_pattern": {"wide": 0}}, r"rank_pattern\['wide'\]=0"),
+        ({"rank_pattern": {"wide": 2.5}}, r"rank_pattern\['wide'\]=2.5"),
         ({"alpha_pattern": {"wide": -1}}, r"alpha_pattern\['wide'\]=-1"),
         ({"dora_dropout": "both"}, r"dora_dropout='both' must be 'both_paths' or 'low_rank_path'"),
         ({"use_rslora": "yes"}, r"use_rslora='yes' must be true or false"),
+        ({"use_dora": "yes"}, r"use_dora='yes' must be true or false"),
+        ({"detach_norm": 1}, r"detach_norm=1 must be true or false"),
+        ({"init_weights": None}, r"init_weights=None must be true or false"),
         ({"target_modules": []}, r"target_modules is an empty list"),
         ({"layers_pattern": "layers"}, r"layers_pattern has no effect without layers_to_transform"),
         ({"target_modules": "all-linear", "layers_to_transform": 1}, r"layers_to_transform needs target_modules"),
@@ -73,7 +80,8 @@ def test_a_taken_method_name_is_refused():
 
 
 def test_copies_and_replacements_keep_the_class():
-    config = DoraConfig(r=3, target_modules=["b", "a"])
+    config = DoraConfig(r=3, target_modules=["b", "a"], exclude_modules=["d", "c"])
     assert copy.deepcopy(config) == config
     assert dataclasses.replace(config, r=5).r == 5
     assert config.to_dict()["target_modules"] == ["a", "b"]
+    assert config.to_dict()["exclude_modules"] == ["c", "d"]

@@ -7,11 +7,14 @@ import copy
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 
 import ranktune
 from ranktune import ConfigError, ControllerError, DynamicDoraConfig, RankConfig, RankController
 from ranktune.adapters import updates
+from ranktune.optimizer_state import forget_components, keep_components, warn_if_unknown
+from ranktune.policy import RankState
 from tests.methods import TARGETS, build_base, inputs
 from tests.test_dynamic_dora import STEPS, build, optimizer_of, train
 
@@ -137,6 +140,7 @@ def test_steps_that_a_scaler_skips_do_not_count():
             scaler.step(optimizer)
             scaler.update()
         assert controller.step == 4, f"fused={fused}"
+        assert controller.skipped == 0, "the scaler skipped, not the controller"
 
 
 def test_under_a_scaler_the_penalty_is_that_of_full_precision():
@@ -184,6 +188,16 @@ def test_training_without_a_controller_warns_and_says_how_to_fix_it():
         model(inputs()).sum().backward()
     with torch.no_grad():
         model(inputs())
+    model.eval()(inputs())
+
+
+def test_a_layer_that_is_not_fused_warns_too():
+    """Hooked, quantised and doubly adapted layers take another path, and their ranks stay just as silently."""
+    model = build()
+    for name, _ in updates(model):
+        model.get_submodule(f"base_model.model.{name}.base_layer").register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="without a controller"):
+        model(inputs()).sum().backward()
     model.eval()(inputs())
 
 
@@ -302,3 +316,151 @@ def test_two_adapters_and_one_controller():
     train(model, optimizer, STEPS)
     assert controller.total_rank() == 12
     assert ranktune.ranks(model, "other") == {"wide": 3}
+
+
+ADAFACTORS = {
+    "transformers": (
+        lambda groups: transformers.Adafactor(groups, lr=0.02, relative_step=False, scale_parameter=False),
+        ("exp_avg_sq_row", "exp_avg_sq_col"),
+    ),
+    "torch": (lambda groups: torch.optim.Adafactor(groups, lr=0.02), ("row_var", "col_var")),
+}
+
+
+def adafactor_of(which, model):
+    make, names = ADAFACTORS[which]
+    optimizer = make(ranktune.parameter_groups(model, lr=0.02, weight_decay=0.0))
+    train(model, optimizer, 3)
+    update = model.base_model.model.wide.update_of("default")
+    indexed = [(update.lora_A, names[0], names[1]), (update.lora_B, names[1], names[0])]
+    return optimizer, update, indexed
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* is being trained without a controller")
+@pytest.mark.parametrize("which", ADAFACTORS)
+def test_adafactor_forgets_its_statistic_over_components_and_keeps_the_other(which):
+    optimizer, update, indexed = adafactor_of(which, build())
+    before = copy.deepcopy([optimizer.state[parameter] for parameter, _, _ in indexed])
+    forget_components(optimizer, update, torch.tensor([1, 4]))
+    for (parameter, over_components, shared), old in zip(indexed, before, strict=True):
+        now = optimizer.state[parameter]
+        expected = old[over_components].flatten().clone()
+        assert (expected != 0).all()
+        expected[[1, 4]] = 0.0
+        assert torch.equal(now[over_components].flatten(), expected)
+        assert torch.equal(now[shared], old[shared])
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* is being trained without a controller")
+@pytest.mark.parametrize("kept", [[0, 2, 5], []])
+@pytest.mark.parametrize("which", ADAFACTORS)
+def test_adafactor_goes_on_with_the_components_that_are_kept(which, kept):
+    model = build()
+    optimizer, update, indexed = adafactor_of(which, model)
+    before = copy.deepcopy([optimizer.state[parameter] for parameter, _, _ in indexed])
+    kept = torch.tensor(kept, dtype=torch.int64)
+    keep_components(optimizer, update, kept)
+    update.keep_components(kept)
+    for (parameter, over_components, shared), old in zip(indexed, before, strict=True):
+        now = optimizer.state[parameter]
+        assert torch.equal(now[over_components].flatten(), old[over_components].flatten()[kept])
+        assert now[over_components].ndim == old[over_components].ndim
+        assert torch.equal(now[shared], old[shared])
+    if len(kept):
+        train(model, optimizer, 1)
+
+
+def test_eight_bit_moments_are_set_to_the_code_of_zero():
+    """bitsandbytes keeps codes into a map; zero is not code 0."""
+    model = build()
+    optimizer = optimizer_of(model)
+    update = model.base_model.model.wide.update_of("default")
+    codes = torch.randint(0, 256, update.lora_B.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    signed, unsigned = torch.linspace(-1.0, 1.0, 255), torch.linspace(0.0, 1.0, 256)
+    optimizer.state[update.lora_B] = {
+        "step": 3, "state1": codes.clone(), "state2": codes.clone(), "qmap1": signed, "qmap2": unsigned,
+        "absmax1": torch.ones(2), "absmax2": torch.ones(2),
+    }  # fmt: skip
+    optimizer.state[update.lora_A] = {"step": 3, "state1": torch.ones_like(update.lora_A)}
+    forget_components(optimizer, update, torch.tensor([2]))
+    for name, zero in (("state1", 127), ("state2", 0)):
+        expected = codes.clone()
+        expected[:, 2] = zero
+        assert torch.equal(optimizer.state[update.lora_B][name], expected)
+    assert optimizer.state[update.lora_A]["state1"].sum(1).tolist() == [12.0, 12.0, 0.0, 12.0, 12.0, 12.0]
+    warn_if_unknown(optimizer)
+
+
+def test_state_of_an_unknown_kind_is_reported():
+    model = build()
+    optimizer = optimizer_of(model)
+    optimizer.state[model.base_model.model.wide.update_of("default").lora_A] = {"mystery": torch.ones(6, 12)}
+    with pytest.warns(UserWarning, match=r"AdamW keeps state that ranktune does not know \(mystery\)"):
+        warn_if_unknown(optimizer)
+
+
+def test_bad_gradients_now_and_then_do_not_stop_the_run():
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    for step in range(33):
+        optimizer.zero_grad()
+        model(inputs(seed=step)).sum().backward()
+        if step != 16:
+            model.base_model.model.narrow.update_of("default").gate.grad[0] = float("nan")
+        optimizer.step()
+    assert (controller.step, controller.skipped) == (1, 32)
+
+
+def test_the_history_and_the_importance_show_the_averages_of_the_active():
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 30)
+    importance = controller.importance()
+    last = {change.module: change for change in controller.history if change.step == 30}
+    assert last
+    assert all(change.old != change.new for change in controller.history)
+    assert {change.step for change in controller.history} <= {s for s in range(31) if s % 3 == 0 or s == 30}
+    for name, update in updates(model):
+        pairs = list(zip(update.rank_active.tolist(), update.rank_average.tolist(), strict=True))
+        kept = sorted((average for active, average in pairs if active), reverse=True)
+        assert importance[name]["kept"] == kept
+        assert importance[name]["dropped"] == sorted((a for active, a in pairs if not active), reverse=True)
+        if name in last and kept:
+            assert last[name].score == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+
+
+def test_compacting_drops_gradients_of_the_old_shape():
+    model = build()
+    optimizer = optimizer_of(model)
+    RankController(model, optimizer, STEPS)
+    train(model, optimizer, 30)
+    (model(inputs()) - 1.0).square().mean().backward()
+    ranktune.compact(model, optimizer)
+    for _, update in updates(model):
+        assert all(parameter.grad is None for parameter in (update.lora_A, update.lora_B, update.gate))
+
+
+def test_a_module_that_lost_every_component_has_no_score_in_the_history():
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 12)
+    kept, average = (
+        torch.stack([getattr(u, name) for _, u in updates(model)]) for name in ("rank_active", "rank_average")
+    )
+    state = RankState(controller.step, kept.clone(), average)
+    kept[1] = False
+    with torch.no_grad():
+        controller._choose(state, kept)
+    assert [(change.module, change.new, change.score) for change in controller.history] == [("wide", 0, None)]
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* is being trained without a controller")
+@pytest.mark.parametrize("which", ADAFACTORS)
+def test_adafactor_of_a_single_component_may_lose_it(which):
+    optimizer, update, _ = adafactor_of(which, build(r=1, init_r=1))
+    keep_components(optimizer, update, torch.tensor([], dtype=torch.int64))
+    over_components = {"transformers": "exp_avg_sq_row", "torch": "row_var"}[which]
+    assert optimizer.state[update.lora_A][over_components].numel() == 0

@@ -173,3 +173,45 @@ def test_nothing_is_kept_that_backward_does_not_need():
     assert saved(offset=ours["offset"]) == x_and_u + 4 * tokens * OUT
     assert saved(dropout=0.5) == x_and_u + tokens * IN
     assert saved(offset=ours["offset"], dropout=0.5) == x_and_u + tokens * IN + 4 * tokens * OUT
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_the_gain_gradient_sums_every_token(bias):
+    """More tokens than one slice of the reduction holds, and not a multiple of it."""
+    ours, theirs = operands(bias), operands(bias)
+    for side in (ours, theirs):
+        side["x"] = torch.randn(150, IN, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    low_rank_linear(**ours, scale=SCALE).square().sum().backward()
+    composed(**theirs, dropped=theirs["x"], drop_base_path=True).square().sum().backward()
+    torch.testing.assert_close(ours["offset"].grad, theirs["offset"].grad, rtol=1e-11, atol=1e-11)
+
+
+def test_the_gain_gradient_is_summed_in_float32_under_bfloat16():
+    """Sums of so many tokens do not fit bfloat16; with a gradient of one every product is exact."""
+    tokens = 301
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(tokens, IN, generator=generator), torch.randn(OUT, IN, generator=generator)
+    bias = torch.randn(OUT, generator=generator).bfloat16()
+    A, B, offset = torch.zeros(RANK, IN), torch.zeros(OUT, RANK), torch.zeros(OUT, requires_grad=True)
+    y = low_rank_linear(x.bfloat16(), weight.bfloat16(), bias, A, B, SCALE, offset=offset)
+    y.backward(torch.ones_like(y))
+    expected = y.detach().double().sum(0) - tokens * bias.double()
+    torch.testing.assert_close(offset.grad.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_gain_near_one_reaches_the_input_gradient_in_bfloat16():
+    dy = (torch.rand(64, generator=torch.Generator().manual_seed(1)) + 1.0).bfloat16().diag()
+    x = torch.zeros(64, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight, A, B = torch.eye(64, dtype=torch.bfloat16), torch.zeros(2, 64), torch.zeros(64, 2)
+    low_rank_linear(x, weight, None, A, B, 1.0, offset=torch.full((64,), 1.0 / 300)).backward(dy)
+    assert torch.equal(x.grad, (dy.float() * (1 + 1.0 / 300)).bfloat16())
+    assert (x.grad != dy).sum() > 10
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_second_derivative_is_refused_rather_than_wrong(dropout):
+    ours = operands(True)
+    y = low_rank_linear(**ours, scale=SCALE, dropout=dropout)
+    (first,) = torch.autograd.grad(y.square().sum(), ours["A"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -26,15 +26,16 @@ def test_equals_the_dense_norm(dtype, out, inputs, r, scale):
     torch.testing.assert_close(norms.double(), dense(weight, A, B, scale), rtol=1e-6, atol=0)
 
 
-def test_rows_that_the_update_cancels_are_computed_densely():
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_rows_that_the_update_cancels_are_computed_densely(scale):
     """W_j + s (B A)_j near zero: the expansion loses every digit, the guard recovers them."""
     A, B = draw(4, 50, seed=1), draw(30, 4, seed=2)
-    weight = -(B @ A)
+    weight = -scale * (B @ A)
     weight += 1e-4 * draw(30, 50, seed=3)
-    expected = dense(weight, A, B, 1.0)
-    guarded = row_norms(weight, weight_norms(weight), A, B, 1.0)
+    expected = dense(weight, A, B, scale)
+    guarded = row_norms(weight, weight_norms(weight), A, B, scale)
     torch.testing.assert_close(guarded.double(), expected, rtol=1e-3, atol=0)
-    unguarded = row_norms(weight, weight_norms(weight), A, B, 1.0, guard=False)
+    unguarded = row_norms(weight, weight_norms(weight), A, B, scale, guard=False)
     assert ((unguarded.double() - expected).abs() / expected).max() > 1e-2
 
 
@@ -99,3 +100,17 @@ def test_small_gain_is_noticed():
     assert has_small_gain(torch.tensor([0.5, -1.0]))
     assert has_small_gain(torch.tensor([-0.9995]))
     assert not has_small_gain(torch.tensor([0.5, -0.99, -2.0]))
+
+
+def test_exact_gradient_of_cancelled_rows_equals_the_dense_one():
+    """The guard's dense rows carry gradients too, beside rows that need no guard."""
+    A, B = draw(4, 50, seed=1), draw(30, 4, seed=2)
+    weight = -0.3 * (B @ A) + 1e-3 * draw(30, 50, seed=3)
+    weight[::2] = draw(15, 50, seed=4)
+    A.requires_grad_()
+    B.requires_grad_()
+    norms = row_norms(weight, weight_norms(weight), A, B, 0.3)
+    torch.testing.assert_close(norms.detach().double(), dense(weight, A.detach(), B.detach(), 0.3), rtol=1e-4, atol=0)
+    ours = torch.autograd.grad(norms.sum(), (A, B))
+    theirs = torch.autograd.grad(dense(weight, A, B, 0.3).sum(), (A, B))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

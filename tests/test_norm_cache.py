@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+
 import peft
 import pytest
 import torch
+from torch import nn
 
 import ranktune.norm_cache
 from ranktune import DoraConfig
 from ranktune.adapters import updates
+from ranktune.magnitude import weight_norms
 from ranktune.norm_cache import NormCache
 from tests.methods import TARGETS, build_base, inputs, perturb
 
@@ -143,3 +147,67 @@ def test_the_cached_norm_has_no_history(model):
     model.train()(inputs())
     for _, update in updates(model):
         assert not update._cache._cached.norms.requires_grad
+
+
+def test_the_clock_alone_notices_a_fused_step(model, monkeypatch):
+    """On an accelerator nothing is compared by value, and fused AdamW leaves storage and version as they were."""
+    cached = ranktune.norm_cache._Cached
+    monkeypatch.setattr(cached, "holds_for", lambda self, marks, sources: self.marks == marks)  # noqa: ARG005
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
+    model.train()(inputs()).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.eval()(inputs()), fresh_copy_output(model), rtol=1e-6, atol=1e-6)
+
+
+def test_a_fused_step_on_the_weight_itself_is_noticed():
+    weight = nn.Parameter(torch.ones(4, 3))
+    optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True)
+    cache = NormCache()
+    cache.constants(weight)
+    weight.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(cache.constants(weight).squared, weight.detach().square().sum(1))
+
+
+def test_a_weight_moved_within_its_storage_is_noticed():
+    """Sharded and offloaded models keep parameters as views of one buffer."""
+    pool = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    weight = nn.Parameter(pool[0], requires_grad=False)
+    cache = NormCache()
+    cache.constants(weight)
+    weight.data = pool[1]
+    torch.testing.assert_close(cache.constants(weight).squared, pool[1].square().sum(1))
+
+
+def test_the_constants_of_a_frozen_weight_are_computed_once(model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ranktune.norm_cache, "weight_norms", lambda weight: calls.append(1) or weight_norms(weight))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        model.train()(inputs()).square().sum().backward()
+        optimizer.step()
+    assert len(calls) <= len(TARGETS)
+
+
+def test_the_constants_of_a_trained_weight_have_no_history():
+    """Two backwards through one cached value: a graph kept in the cache would be gone at the second."""
+    model = peft.get_peft_model(build_base("Linear"), DoraConfig(r=4, target_modules=["wide"], detach_norm=False))
+    perturb(model).base_model.model.wide.base_layer.weight.requires_grad_(True)
+    for _ in range(2):
+        model(inputs()).sum().backward()
+
+
+def test_a_model_made_under_inference_mode_runs_outside_it(model):
+    """Its tensors have no versions to go by."""
+    with torch.inference_mode():
+        made_there = perturb(peft.get_peft_model(build_base("Linear"), DoraConfig(r=4, target_modules=TARGETS)))
+    with torch.no_grad():
+        torch.testing.assert_close(made_there.eval()(inputs()), model.eval()(inputs()))
+
+
+def test_a_pickled_update_takes_no_cached_norms_along(model):
+    expected = model.eval()(inputs())
+    layer = model.base_model.model.wide
+    layer.ranktune_update["default"] = pickle.loads(pickle.dumps(layer.update_of("default")))
+    assert layer.update_of("default")._cache._cached is None
+    assert torch.equal(model(inputs()), expected)

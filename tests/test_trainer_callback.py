@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ranktune
 from ranktune import ConfigError, ControllerError, DynamicDoraConfig, RankCallback, RankConfig
+from ranktune.integrations.trainer import RankEarlyStoppingCallback
 from tests.methods import TARGETS, build_base
 
 
@@ -35,7 +36,7 @@ class Rows(torch.utils.data.Dataset):
         return {"x": x, "labels": x[:3].sin()}
 
 
-def build_trainer(folder, config=None, callbacks=None, **arguments):
+def build_trainer(folder, config=None, callbacks=None, eval_dataset=None, **arguments):
     torch.manual_seed(0)
     fields = {"r": 4, "target_modules": TARGETS, "prune_interval": 2, "lora_dropout": 0.1}
     model = peft.get_peft_model(Regression(), config or DynamicDoraConfig(**fields))
@@ -53,7 +54,8 @@ def build_trainer(folder, config=None, callbacks=None, **arguments):
         **arguments,
     }
     callbacks = [RankCallback()] if callbacks is None else callbacks
-    return Trainer(model=model, args=TrainingArguments(**settings), train_dataset=Rows(), callbacks=callbacks)
+    training = TrainingArguments(**settings)
+    return Trainer(model=model, args=training, train_dataset=Rows(), eval_dataset=eval_dataset, callbacks=callbacks)
 
 
 def callback_of(trainer):
@@ -138,3 +140,64 @@ def test_an_optimizer_that_is_never_stepped_is_an_error_at_the_end(tmp_path):
     with pytest.raises(ControllerError, match="never saw an optimizer step"):
         trainer.train()
     assert callback.controller is not None
+
+
+class EverWorse(Trainer):
+    """A trainer whose metric is worse at every evaluation, so that the first that counts is the best."""
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = float(self.state.global_step)
+        return output
+
+
+def evaluated(folder, callbacks):
+    trainer = build_trainer(
+        folder, callbacks=callbacks, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
+        metric_for_best_model="eval_loss", greater_is_better=False, load_best_model_at_end=True,
+        eval_dataset=torch.utils.data.Subset(Rows(), range(4)),
+    )  # fmt: skip
+    trainer.__class__ = EverWorse
+    return trainer
+
+
+def test_only_models_within_the_budget_compete_for_the_best(tmp_path):
+    trainer = evaluated(tmp_path, [RankCallback()])
+    trainer.train()
+    assert trainer.state.best_global_step == 12
+    assert trainer.state.best_metric == 12.0
+    assert ranktune.total_rank(trainer.model) == 12
+
+
+def test_early_stopping_waits_until_ranks_are_final(tmp_path):
+    ranks = RankCallback()
+    trainer = evaluated(tmp_path, [RankEarlyStoppingCallback(ranks, patience=1), ranks])
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert ranktune.total_rank(trainer.model) == 12
+
+
+def test_evaluations_are_logged_as_they_are_and_an_earlier_tracker_can_be_overtaken(tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
+            seen.append(dict(logs))
+
+    ranks = RankCallback()
+    trainer = evaluated(tmp_path, [Tracker(), ranks])
+    ranks.put_first(trainer)
+    trainer.train()
+    assert [logs["total_rank"] for logs in seen if "loss" in logs][::5] == [18, 12]
+    assert not [logs for logs in seen if "eval_loss" in logs and "total_rank" in logs]
+
+
+def test_the_callbacks_options_reach_the_controller(tmp_path):
+    trainer = build_trainer(tmp_path, callbacks=[RankCallback("other", penalty_in_loss=True)], max_steps=8)
+    trainer.model.add_adapter("other", DynamicDoraConfig(r=2, target_modules=["layers.wide"], prune_interval=1))
+    trainer.model.base_model.set_adapter(["default", "other"])
+    with pytest.warns(UserWarning, match="adapter 'default' is being trained without a controller"):
+        trainer.train()
+    controller = callback_of(trainer).controller
+    assert controller.adapter_name == "other"
+    assert controller.penalty_in_loss

@@ -228,3 +228,113 @@ def test_ranks_and_sizes_of_one_adapter_among_several(config_class):
     magnitude = 20 if config_class is DoraConfig else 0
     assert ranktune.active_parameters(model, "small") == 12 + 20 + magnitude
     assert ranktune.ranks(model) == {"square": 4, "wide": 4, "narrow": 4}
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "plain"])
+def test_evaluation_drops_nothing(config_class, hooked):
+    model, without = adapted(config_class, lora_dropout=0.5).eval(), adapted(config_class).eval()
+    if hooked:
+        for layer in (module for module in model.modules() if isinstance(module, RankLayer)):
+            layer.base_layer.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model(inputs()), without(inputs()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_magnitude_of_zero_still_gets_its_gradient():
+    """The gain's gradient is read from the output, which says nothing where the gain is zero."""
+    fused, plain = adapted(DoraConfig), adapted(DoraConfig)
+    for model in (fused, plain):
+        with torch.no_grad():
+            model.base_model.model.narrow.update_of("default").lora_magnitude_vector[2] = 0.0
+    for layer in (module for module in plain.modules() if isinstance(module, RankLayer)):
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    for ours, theirs in zip(step(fused, inputs()), step(plain, inputs()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_exact_norm_of_a_cancelled_row_is_right():
+    """With detach_norm=False too, a row that the update takes to almost nothing is computed densely."""
+    model = adapted(DoraConfig, detach_norm=False).eval()
+    layer = model.base_model.model.narrow
+    update, scale = layer.update_of("default"), layer.scaling["default"]
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(-scale * update.lora_B @ update.lora_A)
+        layer.base_layer.weight.add_(1e-4 * torch.randn(7, 20, generator=torch.Generator().manual_seed(0)))
+        expected = model(inputs())
+    torch.testing.assert_close(model(inputs()).detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_base_layer_are_called(config_class, kind):
+    model = adapted(config_class)
+    called = []
+    for layer in (module for module in model.modules() if isinstance(module, RankLayer)):
+        getattr(layer.base_layer, kind)(lambda *_: called.append(1))
+    model(inputs().requires_grad_()).sum().backward()
+    assert len(called) == len(TARGETS)
+
+
+def test_a_weight_of_a_tensor_subclass_is_left_to_the_base_layer(config_class):
+    """Quantised and sharded weights are subclasses whose own operators have to run."""
+    layer = adapted(config_class).base_model.model.wide
+    assert layer._can_fuse()
+    subclass = type("Subclass", (torch.Tensor,), {})
+    layer.base_layer._parameters["weight"] = layer.base_layer.weight.detach().as_subclass(subclass)
+    assert not layer._can_fuse()
+
+
+def test_arguments_that_the_base_layer_does_not_take_are_not_swallowed(config_class):
+    layer = adapted(config_class).base_model.model.square
+    with pytest.raises(TypeError):
+        layer(inputs(), 1)
+    with pytest.raises(TypeError):
+        layer(inputs(), scale=1)
+
+
+def test_layers_that_cannot_be_fused_keep_the_dtype(config_class):
+    model = adapted(config_class, build_base("Linear", torch.bfloat16))
+    layer = model.base_model.model.square
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    assert layer(inputs(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dora_dropout", ["both_paths", "low_rank_path"])
+def test_both_dropouts_are_the_same_fused_and_plain(dora_dropout):
+    fused, plain = (adapted(DoraConfig, lora_dropout=0.4, dora_dropout=dora_dropout) for _ in range(2))
+    for layer in (module for module in plain.modules() if isinstance(module, RankLayer)):
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    for ours, theirs in zip(step(fused, inputs()), step(plain, inputs()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_adapter_is_not_trained_until_it_is_active(config_class):
+    """Nor on modules that only it adapts."""
+    model = peft.get_peft_model(Linears(), config_class(r=2, target_modules=["square"]))
+    model.add_adapter("second", config_class(r=2, target_modules=["square", "wide"]))
+
+    def trained(adapter):
+        return {p.requires_grad for name, p in model.named_parameters() if f"ranktune_update.{adapter}." in name}
+
+    assert (trained("default"), trained("second")) == ({True}, {False})
+    model.set_adapter("second")
+    assert (trained("default"), trained("second")) == ({False}, {True})
+
+
+def test_an_adapter_added_beside_a_merged_one_starts_as_the_identity(config_class):
+    """Its magnitude is that of the original weight, not of the one another adapter is merged into."""
+    model = adapted(config_class).eval()
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("second", config_class(r=2, target_modules=TARGETS))
+    model.set_adapter("second")
+    assert torch.equal(model(inputs()), build_base("Linear")(inputs()))
+
+
+def test_several_merged_adapters_are_rounded_once(config_class):
+    layer = adapted(config_class, build_base("Linear", torch.bfloat16)).base_model.model.wide
+    for number in (2, 3, 4):
+        layer.update_layer(f"adapter{number}", config_class(r=2), "wide")
+        perturb(layer, scale=0.01, seed=number)
+    names = list(layer.ranktune_update)
+    exact = layer.weight.float() + sum(layer._delta_weight(name) for name in names)
+    layer.merge(adapter_names=names)
+    assert torch.equal(layer.weight, exact.bfloat16())

@@ -45,7 +45,7 @@ def keep_components(optimizer: Optimizer, update: LowRankUpdate, kept: Tensor) -
             if value.shape == parameter.shape:
                 state[name] = value.index_select(dim, index).contiguous()
             elif _FACTORED.get(name) == dim and parameter.ndim > 1:
-                state[name] = _moved(value, parameter).index_select(0, index).view(_kept_shape(value, len(index)))
+                state[name] = value.index_select(_component_dim(value, dim), index).contiguous()
 
 
 def warn_if_unknown(optimizer: Optimizer) -> None:
@@ -81,13 +81,9 @@ def _forget(
     elif (name in _PER_ELEMENT or name in _QUANTISED) and value.shape == parameter.shape:
         value.index_fill_(dim, forgotten, 0)
     elif _FACTORED.get(name) == dim and parameter.ndim > 1:
-        _moved(value, parameter).index_fill_(0, forgotten, 0)
+        value.index_fill_(_component_dim(value, dim), forgotten, 0)
 
 
-def _moved(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A factored statistic as a vector over components, whatever singleton dimensions it is kept with."""
-    return value.view(-1) if value.numel() in parameter.shape else value
-
-
-def _kept_shape(value: Tensor, count: int) -> tuple[int, ...]:
-    return tuple(count if size > 1 else 1 for size in value.shape)
+def _component_dim(value: Tensor, dim: int) -> int:
+    """Where a factored statistic lists the components: torch keeps the averaged dimension, transformers drops it."""
+    return dim if value.ndim > 1 else 0

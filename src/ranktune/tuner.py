@@ -113,11 +113,12 @@ class RankLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         names = [] if self.merged else [name for name in self.active_adapters if name in self.ranktune_update]
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for name in names:
+                if self.update_of(name).needs_controller:
+                    warn_without_controller(name)
         if len(names) == 1 and not args and not kwargs and self._can_fuse():
-            update = self.update_of(names[0])
-            if update.needs_controller and self.training and torch.is_grad_enabled():
-                warn_without_controller(names[0])
-            return update(x, self.frozen(), self.scaling[names[0]])
+            return self.update_of(names[0])(x, self.frozen(), self.scaling[names[0]])
         output = self.base_layer(x, *args, **kwargs)
         if names and self.quantization_backend is not None:
             output = self.quantization_backend.maybe_clone_base_result(output)

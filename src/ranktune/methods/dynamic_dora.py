@@ -72,8 +72,9 @@ class DynamicDoraConfig(RankConfig):
                 f"warmup_ratio={self.warmup_ratio} and final_ratio={self.final_ratio} leave no steps to prune in: "
                 "their sum must be below 1."
             )
-        if self.dem_weight < 0.0:
-            raise ConfigError(f"dem_weight={self.dem_weight} must not be negative.")
+        weight = self.dem_weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0.0 <= weight < math.inf:
+            raise ConfigError(f"dem_weight={weight!r} must be a finite number, at least 0.")
         if self.rank_pattern:
             raise ConfigError(
                 "rank_pattern cannot be used with dynamic-dora, which chooses every module's rank itself: set r "
