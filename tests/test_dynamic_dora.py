@@ -355,3 +355,12 @@ def test_a_changed_gate_changes_the_norms(detach_norm):
             merged = copy.deepcopy(model).merge_and_unload()(inputs(torch.float64))
         torch.testing.assert_close(output, merged, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(model(inputs(torch.float64)).detach(), output, rtol=1e-9, atol=1e-9)
+
+
+def test_the_start_is_the_papers():
+    """R = ceil(1.5 r), also of an odd r; Kaiming-uniform with a = 0 has the bound sqrt(6 / fan_in)."""
+    assert [DynamicDoraConfig(r=r).start_rank for r in (1, 3, 4, 5)] == [2, 5, 6, 8]
+    torch.manual_seed(0)
+    update = build(r=40).base_model.model.wide.update_of("default")
+    assert update.lora_A.abs().max().item() == pytest.approx((6 / 12) ** 0.5, rel=0.02)
+    assert update.lora_B.abs().max().item() == pytest.approx((6 / 60) ** 0.5, rel=0.02)
