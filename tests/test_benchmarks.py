@@ -74,6 +74,7 @@ class Allocations(TorchDispatchMode):
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
+@pytest.mark.filterwarnings("ignore:adapter .* is being trained without a controller")
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_count_is_what_is_alive_after_forward(name: str, dropout: float) -> None:

@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from ranktune import DoraConfig, RankConfig
+from ranktune import DoraConfig, DynamicDoraConfig, RankConfig, RankController
 
 # From rank, adapter dropout and target modules.
 MakeConfig = Callable[[int, float, list[str]], PeftConfig]
@@ -66,6 +66,11 @@ def _attach_adalora(model: nn.Module, optimizer: Optimizer) -> AfterStep:  # noq
     return cast(AdaLoraModel, model.base_model).update_and_allocate
 
 
+def _attach_controller(model: nn.Module, optimizer: Optimizer) -> None:
+    """A run so long that every timed step is in the phase that costs most: all components there, scored every step."""
+    RankController(model, optimizer, total_steps=1_000_000)
+
+
 def _ours(config_class: type[RankConfig], **options: Any) -> MakeConfig:
     return lambda r, dropout, targets: config_class(
         r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, **options
@@ -85,6 +90,7 @@ VARIANTS = {
         Variant("peft-adalora", "PEFT AdaLoRA", _peft_adalora, _attach_adalora),
         Variant("lora", "ranktune lora", _ours(RankConfig), stock=REFERENCE),
         Variant("dora", "ranktune dora", _ours(DoraConfig), stock=STOCK_DORA),
+        Variant("dynamic-dora", "ranktune dynamic-dora", _ours(DynamicDoraConfig), _attach_controller, stock=REFERENCE),
         Variant(
             "dora-exact", "ranktune dora exact", _ours(DoraConfig, detach_norm=False), stock=STOCK_DORA, timed=False
         ),
