@@ -109,14 +109,14 @@ def test_without_a_header_columns_have_numbers(tmp_path):
 def test_quotes_can_be_plain_characters(tmp_path):
     file = tmp_path / "raw.tsv"
     file.write_text("text\tlabel\n" + '" unclosed quote\tyes\nplain "quoted" words\tno\n' * 4)
-    data = load(file, quoting=False, evaluation_fraction=0.01)
+    data = load(file, quoting=False, evaluation_fraction=0.01, labels=["no", "yes"])
     assert set(data.train["text"]) | set(data.evaluation["text"]) == {'" unclosed quote', 'plain "quoted" words'}
 
 
 def test_quotes_delimiters_and_line_breaks_inside_a_cell(tmp_path):
     file = tmp_path / "semi.csv"
     file.write_text("text;label\n" + '"one; ""two""\nthree";a\nfour;b\n' * 3)
-    data = load(file, delimiter=";", evaluation_fraction=0.01)
+    data = load(file, delimiter=";", evaluation_fraction=0.01, labels=["a", "b"])
     assert set(data.train["text"]) | set(data.evaluation["text"]) == {'one; "two"\nthree', "four"}
 
 

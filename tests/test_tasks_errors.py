@@ -267,3 +267,13 @@ def test_messages_hold_no_unfinished_placeholders(good):
     with pytest.raises(DataError) as caught:
         check_source(DataRecipe(source=str(good), columns={"text": "zzz"}))
     assert not re.search(r"[{}]", str(caught.value))
+
+
+def test_a_class_that_falls_into_the_evaluation_split_alone(tmp_path):
+    """Split off by hash: with one example each, whichever is held out is of a class that training does not have."""
+    path = tmp_path / "two.csv"
+    path.write_text("text,label\nfine words,good\nother words,bad\n")
+    settings = {"source": str(path), "task": "classification"}
+    refuse(DataError, "data.evaluation_fraction", "fell into the evaluation split", early=False, **settings)
+    loaded = load_data(DataRecipe(**settings, labels=["bad", "good"]), seed=0)
+    assert (len(loaded.train), len(loaded.evaluation)) == (1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ranktune.errors import DataError
 from ranktune.tasks.base import Data
 from ranktune.tasks.examples import label_like_train, label_train, take_roles
 from ranktune.tasks.quiet import quiet_datasets
@@ -63,7 +64,21 @@ def _labelled_splits(
         evaluation = take_roles(raw.evaluation, roles, task, "evaluation")
         return train, label_like_train(evaluation, task, labels), labels
     kept, held_out = split_off(_inputs(train), recipe.evaluation_fraction)
-    return train.select(kept), train.select(held_out), labels
+    split = train.select(kept), train.select(held_out)
+    if labels is not None and recipe.labels is None:
+        _refuse_untrained_classes(*split, labels)
+    return *split, labels
+
+
+def _refuse_untrained_classes(train: datasets.Dataset, evaluation: datasets.Dataset, labels: list[str]) -> None:
+    unseen = sorted(set(evaluation["label"]) - set(train["label"]))
+    if unseen:
+        names = ", ".join(repr(labels[number]) for number in unseen)
+        raise DataError(
+            f"data.evaluation_fraction: every example of {names} fell into the evaluation split, so it cannot be "
+            "learnt. Give more examples of it, another fraction or a split of your own (data.evaluation); or list all "
+            "classes in data.labels if it is right."
+        )
 
 
 def _inputs(dataset: datasets.Dataset) -> list[str]:
