@@ -338,3 +338,42 @@ def test_several_merged_adapters_are_rounded_once(config_class):
     exact = layer.weight.float() + sum(layer._delta_weight(name) for name in names)
     layer.merge(adapter_names=names)
     assert torch.equal(layer.weight, exact.bfloat16())
+
+
+class Halved:
+    """Stands in for PEFT's quantisation backends: the stored weight is half of the real one."""
+
+    backend_name = "halved"
+    supports_merge = True
+
+    def get_base_weight(self, base_layer):
+        return base_layer.weight.data * 2
+
+    def maybe_clone_base_result(self, result):
+        return result.clone()
+
+
+def quantised(config_class):
+    """A model whose base layers store halved weights, and the same model with ordinary ones."""
+    plain, stored = adapted(config_class), adapted(config_class)
+    for layer in (module for module in stored.modules() if isinstance(module, RankLayer)):
+        base = layer.base_layer
+        base.weight.data = base.weight.data / 2
+        base.forward = lambda x, base=base: nn.functional.linear(x, base.weight * 2, base.bias)
+        layer.quantization_backend = Halved()
+    return plain, stored
+
+
+def test_a_quantised_base_is_called_and_composed_with(config_class):
+    """The base layer's own forward does its product; norms come from the dequantised weight."""
+    for ours, theirs in zip(*(step(model, inputs()) for model in quantised(config_class)), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_into_a_quantised_weight_is_refused(config_class):
+    _, stored = quantised(config_class)
+    before = stored.base_model.model.square.base_layer.weight.clone()
+    with pytest.raises(ConfigError, match=r"merging into a halved weight.*load the base model unquantised"):
+        stored.merge_adapter()
+    assert torch.equal(stored.base_model.model.square.base_layer.weight, before)
+    assert not stored.base_model.model.square.merged
