@@ -36,7 +36,7 @@ def draw(times: Sequence[TimeRow], counts: Sequence[BytesRow], path: Path) -> No
         dress(axes, title, "", "ratio to PEFT LoRA")
     shown = {name for groups in panels.values() for bars in groups.values() for name in bars}
     handles = [_legend_patch(name) for name in VARIANTS if name in shown]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(panels), frameon=False)
     save(figure, path)
 
 
