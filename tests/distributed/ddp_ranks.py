@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 
 import peft
@@ -47,7 +48,10 @@ def main() -> None:
             digest.update(value.numpy().tobytes())
     result = {"rank": rank, "skipped": controller.skipped, "step": controller.step, "ranks": controller.ranks()}
     sys.stdout.write("RESULT " + json.dumps({**result, "digest": digest.hexdigest()}) + "\n")
-    accelerator.end_training()
+    sys.stdout.flush()
+    accelerator.wait_for_everyone()
+    # Without tearing the interpreter down: gloo's threads may outlive the other process and abort at exit.
+    os._exit(0)
 
 
 if __name__ == "__main__":
