@@ -138,7 +138,7 @@ class _LowRankLinear(torch.autograd.Function):
                 torch.addcmul(y, y, offset, out=y)
             else:
                 torch.addcmul(bias * -offset, y, offset + 1.0, out=y)
-        ctx.scale, ctx.survival, ctx.small_gain = scale, survival, small_gain
+        ctx.scale, ctx.survival = scale, survival
         ctx.output = None
         kept_output = None
         if offset is not None and ctx.needs_input_grad[6] and not small_gain:
