@@ -25,6 +25,7 @@ FLOORS = [
         "restart_warmup",
         "moves",
         "gradients",
+        "attachment",
         "controller",
         "compaction",
     },

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ranktune.adapters import updates
-from ranktune.controller import plain_optimizer
+from ranktune.attachment import plain_optimizer
 from ranktune.errors import ConfigError
 from ranktune.optimizer_state import keep_components
 

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ranktune.adapters import updates
-from ranktune.config import RankConfig
+from ranktune.attachment import (
+    active_adapter,
+    adapter_config,
+    layout_of,
+    plain_optimizer,
+    refuse_compacted,
+    refuse_unless_optimized,
+)
 from ranktune.errors import ConfigError
 from ranktune.gradients import (
     PATIENCE,
@@ -29,8 +36,7 @@ from ranktune.gradients import (
 )
 from ranktune.magnitude import norm_dtype
 from ranktune.moves import moves_for
-from ranktune.policy import Layout, RankState
-from ranktune.tuner import RankLayer
+from ranktune.policy import RankState
 from ranktune.update import LowRankUpdate
 
 logger = logging.getLogger("ranktune")
@@ -97,7 +103,7 @@ class RankController:
         config = adapter_config(model, self.adapter_name)
         named = list(updates(model, self.adapter_name))
         self._updates = [update for _, update in named]
-        self._layout = _layout([name for name, _ in named], self._updates)
+        self._layout = layout_of(named)
         policy = config.policy(self._layout, total_steps)
         if policy is None:
             raise ConfigError(
@@ -105,7 +111,7 @@ class RankController:
                 "controller."
             )
         self.policy = policy
-        self._refuse_unless_optimized()
+        refuse_unless_optimized(self.optimizer, named)
         self.history: list[RankChange] = []
         self._scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
         self._gradients = FiniteGradients(model)
@@ -116,11 +122,12 @@ class RankController:
         self._acted = False
         self._version: tuple[int, int] | None = None
         self._step, self._ended = 0, False
+        if not self.ended:
+            refuse_compacted(named, config)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
-        self._refuse_if_compacted_too_early(config)
         self._mark(in_charge=True)
         self._want_scores()
 
@@ -332,84 +339,6 @@ class RankController:
             self._version = version
             self._step = int(counter)
             self._ended = self.policy.has_ended(self._step, [update.rank for update in self._updates])
-
-    def _refuse_if_compacted_too_early(self, config: RankConfig) -> None:
-        if self.ended:
-            return
-        for name, update in zip(self._layout.modules, self._updates, strict=True):
-            if update.capacity != config.capacity:
-                self.close()
-                raise ConfigError(
-                    f"{name} has {update.capacity} components where a run starts with {config.capacity}: the adapter "
-                    "was compacted, and its ranks are final. Start from a checkpoint, or train it as it is without a "
-                    "controller."
-                )
-
-    def _refuse_unless_optimized(self) -> None:
-        """Every trainable adapter parameter has to be in exactly one optimizer group."""
-        counts: dict[int, int] = {}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-        for module, update in zip(self._layout.modules, self._updates, strict=True):
-            for name, parameter in update.named_parameters():
-                if counts.get(id(parameter), 0) != 1:
-                    raise ConfigError(
-                        f"{name} of {module} is in {counts.get(id(parameter), 0)} optimizer groups, not in one: make "
-                        "the optimizer from ranktune.parameter_groups(model, lr, weight_decay) after the adapter was "
-                        "added."
-                    )
-
-
-def plain_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's wrapper, or the one given.
-
-    Raises:
-        ConfigError: DeepSpeed's optimizers, which own the parameters and do not run torch's step hooks.
-    """
-    # accelerate's wrapper is itself an Optimizer by class, but has no hooks.
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if type(optimizer).__module__.startswith("deepspeed") or "DeepSpeed" in type(optimizer).__name__:
-        raise ConfigError(
-            f"{type(optimizer).__name__} partitions the parameters and runs no step hooks: ranks cannot be moved under "
-            "DeepSpeed. Use DDP or FSDP2 through accelerate."
-        )
-    return optimizer
-
-
-def adapter_config(model: nn.Module, adapter_name: str) -> RankConfig:
-    """The configuration of one of our adapters on a model.
-
-    Raises:
-        ConfigError: there is no adapter of that name, or it is not one of ours.
-    """
-    # A distributed wrapper has the PEFT model inside it.
-    found = (getattr(module, "peft_config", None) for module in model.modules())
-    configs: dict[str, Any] = next((configs for configs in found if isinstance(configs, dict)), {})
-    config = configs.get(adapter_name)
-    if not isinstance(config, RankConfig):
-        raise ConfigError(
-            f"the model has no ranktune adapter {adapter_name!r}; its adapters are {sorted(configs) or 'none'}."
-        )
-    return config
-
-
-def active_adapter(model: nn.Module) -> str:
-    """The name of the first active adapter of ours on a model.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for module in model.modules():
-        if isinstance(module, RankLayer):
-            return module.active_adapters[0]
-    raise ConfigError("the model has no ranktune adapter: add one with peft.get_peft_model(model, config) first.")
-
-
-def _layout(names: Sequence[str], adapter: Sequence[LowRankUpdate]) -> Layout:
-    costs = [update.lora_A.shape[1] + update.lora_B.shape[0] + 1 for update in adapter]
-    return Layout(tuple(names), torch.tensor(costs, dtype=torch.int64))
 
 
 def history_records(history: Sequence[RankChange]) -> list[dict[str, Any]]:

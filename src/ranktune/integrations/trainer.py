@@ -15,7 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from ranktune.controller import RankChange, RankController, active_adapter, adapter_config
+from ranktune.attachment import active_adapter, adapter_config
+from ranktune.controller import RankChange, RankController
 
 
 class RankCallback(TrainerCallback):
