@@ -13,7 +13,7 @@ SOURCE = Path(ranktune.__file__).parent
 
 # Each floor may import its own and the floors before it. A package name stands for everything in it.
 FLOORS = [
-    {"errors", "lowrank", "magnitude", "schedule", "allocation", "sensitivity", "orthogonality"},
+    {"errors", "lowrank", "magnitude", "schedule", "allocation", "sensitivity", "orthogonality", "recompression"},
     {"config", "norm_cache", "update", "growing", "policy"},
     {"methods"},
     {
@@ -28,8 +28,9 @@ FLOORS = [
         "attachment",
         "controller",
         "compaction",
+        "plain_lora",
     },
-    {"integrations", "recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
+    {"export", "integrations", "recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
 ]
 # What pure maths may import besides the standard library.
 FLOOR_0_LIBRARIES = {"torch", "ranktune"}

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ranktune.compaction import compact
     from ranktune.config import RankConfig
     from ranktune.controller import RankController
-    from ranktune.errors import ConfigError, DataError, RanktuneError, RecipeError
+    from ranktune.errors import ConfigError, DataError, ExportError, RanktuneError, RecipeError
+    from ranktune.export import export_lora
     from ranktune.gradients import ControllerError
     from ranktune.integrations.trainer import RankCallback
     from ranktune.methods import DoraConfig, DynamicDoraConfig, IncreLoraConfig
@@ -31,6 +32,7 @@ _HOME = {
     "DataError": "ranktune.errors",
     "DoraConfig": "ranktune.methods",
     "DynamicDoraConfig": "ranktune.methods",
+    "ExportError": "ranktune.errors",
     "IncreLoraConfig": "ranktune.methods",
     "RankCallback": "ranktune.integrations.trainer",
     "RankConfig": "ranktune.config",
@@ -39,6 +41,7 @@ _HOME = {
     "RecipeError": "ranktune.errors",
     "active_parameters": "ranktune.adapters",
     "compact": "ranktune.compaction",
+    "export_lora": "ranktune.export",
     "parameter_groups": "ranktune.adapters",
     "ranks": "ranktune.adapters",
     "total_rank": "ranktune.adapters",
@@ -50,6 +53,7 @@ __all__ = [
     "DataError",
     "DoraConfig",
     "DynamicDoraConfig",
+    "ExportError",
     "IncreLoraConfig",
     "RankCallback",
     "RankConfig",
@@ -58,6 +62,7 @@ __all__ = [
     "RecipeError",
     "active_parameters",
     "compact",
+    "export_lora",
     "parameter_groups",
     "ranks",
     "total_rank",

@@ -14,6 +14,13 @@ from ranktune.update import LowRankUpdate
 _WRAPPER = "base_model.model."
 
 
+def layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, RankLayer]]:
+    """Every module's name in the unwrapped model that has this adapter, and its layer, in model order."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, RankLayer) and adapter_name in layer.ranktune_update:
+            yield name.removeprefix(_WRAPPER), layer
+
+
 def updates(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, LowRankUpdate]]:
     """Every adapted module's name in the unwrapped model and one adapter's update on it, in model order.
 

@@ -22,6 +22,10 @@ class DataError(RanktuneError, ValueError):
     """The training or evaluation data is missing, empty, or does not have the columns the task needs."""
 
 
+class ExportError(RanktuneError, RuntimeError):
+    """An exported file does not do what the adapter does; it was not kept."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest known word, or an empty string when none is close."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)

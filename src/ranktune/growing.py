@@ -91,6 +91,10 @@ class GrowingUpdate(LowRankUpdate):
             A, B = self.lora_A, self.lora_B * gate
         return A, B, scale * (self.start_rank / rank) ** self.scale_power
 
+    def _components_that_count(self) -> Tensor:
+        """The active ones: what waits in reserve is dropped."""
+        return torch.arange(self.rank_now)
+
     def births(self) -> tuple[Tensor, Tensor]:
         """When the trained components beyond those of the start were first there: vectors [n] and gates [m], int64."""
         return self._births[0, self.start_rank : self.trained], self._births[1, self.start_rank : self.rank_now]

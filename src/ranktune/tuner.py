@@ -303,7 +303,7 @@ def refuse_unmatched_targets(config: RankConfig, model: nn.Module) -> None:
     """
     if config.saved or not isinstance(config.target_modules, (set, list)):
         return
-    modules = dict(_outside_adapters(model))
+    modules = dict(modules_outside_adapters(model))
     ends: set[str] = set()
     for name in modules:
         parts = name.split(".")
@@ -318,12 +318,12 @@ def refuse_unmatched_targets(config: RankConfig, model: nn.Module) -> None:
         )
 
 
-def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def modules_outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The model's own modules by name: an adapted layer counts as one, whatever is inside it."""
     yield name, module
     if not isinstance(module, RankLayer):
         for child_name, child in module.named_children():
-            yield from _outside_adapters(child, f"{name}.{child_name}" if name else child_name)
+            yield from modules_outside_adapters(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ranktune.errors import ConfigError
 from ranktune.lowrank import low_rank_linear
 from ranktune.magnitude import gain_offset, has_small_gain, norm_dtype, row_norms
 from ranktune.norm_cache import NormCache
@@ -234,6 +235,31 @@ class LowRankUpdate(nn.Module):
             scale: the layer's ``scaling``.
         """
         return self.lora_A, self.lora_B if self.gate is None else self.lora_B * self.gate, scale
+
+    def plain_factors(self, scale: float, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
+        """`factors` as a plain LoRA keeps them: without components that add nothing, or that only wait.
+
+        Args:
+            scale: the layer's ``scaling``.
+            rank: of a nested update, the rank to cut it at.
+
+        Raises:
+            ConfigError: the update is not nested and cannot be cut, or (in subclasses) is no plain LoRA at all.
+        """
+        if rank is not None:
+            raise ConfigError(
+                f"rank={rank} cuts a nested adapter (dylora); the components of this one are in no order, and it has "
+                "one rank per module. Leave rank out, or squeeze the adapter to a smaller size."
+            )
+        A, B, scale = self.factors(scale)
+        if self.gate is None:
+            return A, B, scale
+        kept = self._components_that_count().to(A.device)
+        return A.index_select(0, kept), B.index_select(1, kept), scale
+
+    def _components_that_count(self) -> Tensor:
+        """Indices into `factors`. A component pruned for now may have been moved since: forward then adds it."""
+        return (cast(Tensor, self.rank_active) | (self.required_gate() != 0)).nonzero().squeeze(1)
 
     def _gain_offset(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """``m / ||W + s B A|| - 1`` [out], for the gated B."""
