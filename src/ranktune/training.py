@@ -22,7 +22,7 @@ from ranktune.run.display import Display, DisplayCallback
 from ranktune.run.events import EventCallback, EventLog, scores_only
 from ranktune.run.memory import PeakMemory
 from ranktune.run.model import adapted, pretrained
-from ranktune.run.prepare import Prepared, prepare
+from ranktune.run.prepare import Examples, Prepared, prepare, prepare_examples
 from ranktune.run.session import build_trainer, libraries_quiet
 from ranktune.run.targets import Plan
 
@@ -48,13 +48,14 @@ def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool
     directory.refuse_unless_writable(overwrite)
     with libraries_quiet():
         prepared = prepare(recipe, file)
+        examples = prepare_examples(prepared)
         plan = prepared.plan
         display.say(prepared.data.description)
         display.say(
             f"{recipe.method['name']} on {prepared.source.name}: {len(plan.modules)} modules of total rank "
             f"{plan.rank:,}, {plan.trainable:,} trainable parameters ({plan.trainable / plan.total:.2%} of the model)"
         )
-        return _run(prepared, directory, display)
+        return _run(prepared, examples, directory, display)
 
 
 def rehearse(recipe: Recipe, file: str | Path) -> Plan:
@@ -64,17 +65,14 @@ def rehearse(recipe: Recipe, file: str | Path) -> Plan:
         RecipeError, DataError, ConfigError: something in the recipe cannot work.
     """
     with libraries_quiet():
-        return prepare(recipe, file).plan
+        prepared = prepare(recipe, file)
+        prepare_examples(prepared)
+        return prepared.plan
 
 
-def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[str, Any]:
+def _run(prepared: Prepared, examples: Examples, directory: RunDirectory, display: Display) -> dict[str, Any]:
     recipe, task = prepared.recipe, prepared.task
     memory = PeakMemory()
-    tokenizer = task.load_tokenizer(prepared.source.path, prepared.source.revision)
-    examples = (
-        task.tokenize(prepared.data.train, tokenizer),
-        task.tokenize(prepared.data.evaluation, tokenizer),
-    )
     model = adapted(pretrained(prepared.source, task, recipe), prepared.config, recipe.train.seed)
     directory.start()
     atomic.write_text(directory.recipe, recipe_text(recipe))
@@ -87,9 +85,9 @@ def _run(prepared: Prepared, directory: RunDirectory, display: Display) -> dict[
         trainer = build_trainer(
             prepared,
             model,
-            tokenizer,
-            train=examples[0],
-            evaluation=examples[1],
+            examples.tokenizer,
+            train=examples.train,
+            evaluation=examples.evaluation,
             callbacks=callbacks,
         )
         ranks.put_first(trainer)

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers import TrainingArguments
 
 from ranktune.config import RankConfig
+from ranktune.errors import ConfigError
 from ranktune.recipe import Recipe
 from ranktune.recipe.choices import method_config
 from ranktune.run.arguments import training_arguments
 from ranktune.run.model import skeleton
+from ranktune.run.steps import ExpectedSteps
 from ranktune.run.targets import Plan, check_targets, plan
 from ranktune.tasks import Data, Task, build_task, check_source, load_data
 from ranktune.tasks.models import ModelSource, resolve_model
@@ -29,6 +32,16 @@ class Prepared:
     config: RankConfig
     arguments: TrainingArguments
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Both splits as token ids, the tokenizer that made them, and the length of the run over them."""
+
+    tokenizer: Any
+    train: datasets.Dataset
+    evaluation: datasets.Dataset
+    steps: ExpectedSteps
 
 
 def prepare(recipe: Recipe, file: str | Path) -> Prepared:
@@ -49,6 +62,26 @@ def prepare(recipe: Recipe, file: str | Path) -> Prepared:
     model = skeleton(source, task, data)
     check_targets(config, model)
     return Prepared(recipe, source, data, task, config, arguments, plan(config, model))
+
+
+def prepare_examples(prepared: Prepared) -> Examples:
+    """Turn the text into token ids, and check that the method's rank schedule fits into so many steps.
+
+    Raises:
+        RecipeError: an example does not fit the lengths asked for.
+        ConfigError: the rank budget cannot be met in the run; the message shows the arithmetic.
+    """
+    task, source = prepared.task, prepared.source
+    tokenizer = task.load_tokenizer(source.path, source.revision)
+    train, evaluation = (task.tokenize(split, tokenizer) for split in (prepared.data.train, prepared.data.evaluation))
+    steps = ExpectedSteps.of(prepared.arguments, len(train))
+    try:
+        prepared.config.policy(prepared.plan.layout, steps.total)
+    except ConfigError as error:
+        raise ConfigError(
+            f"section 'method': {error} The run has {steps.total:,} optimizer steps ({steps.arithmetic})."
+        ) from error
+    return Examples(tokenizer, train, evaluation, steps)
 
 
 def _with_new_head(method: dict[str, Any], task: Task) -> dict[str, Any]:

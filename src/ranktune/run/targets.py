@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ranktune.adapters import updates
+from ranktune.attachment import layout_of
 from ranktune.config import RankConfig
 from ranktune.errors import RecipeError, did_you_mean
+from ranktune.policy import Layout
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class PlannedModule:
 class Plan:
     """What a recipe would train.
 
-    `other` counts trainable parameters outside the adapter (a new head); `total` the model's with its adapter.
+    `layout` is what a policy has to know of the adapter; `other` counts trainable parameters outside it (a new head);
+    `total` the model's with its adapter.
     """
 
     modules: list[PlannedModule]
+    layout: Layout
     adapter: int
     other: int
     total: int
@@ -124,10 +128,11 @@ def plan(config: RankConfig, skeleton: nn.Module) -> Plan:
             model = peft.get_peft_model(cast(PreTrainedModel, skeleton), copy.deepcopy(config))
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"section 'method' cannot be put on this model: {error}") from error
-    modules = [PlannedModule(name, shapes[name], update.rank, _trainable(update)) for name, update in updates(model)]
+    named = list(updates(model))
+    modules = [PlannedModule(name, shapes[name], update.rank, _trainable(update)) for name, update in named]
     adapter = sum(module.parameters for module in modules)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Plan(modules, adapter, _trainable(model) - adapter, total)
+    return Plan(modules, layout_of(named), adapter, _trainable(model) - adapter, total)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
