@@ -271,6 +271,18 @@ def test_compacting_keeps_the_output_and_training_goes_on_the_same(use_dora, kin
         assert torch.equal(loaded.eval()(inputs()), model(inputs()))
 
 
+def test_a_compacted_adapter_trains_on_without_a_controller_and_without_a_warning():
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 30)
+    controller.close()
+    with pytest.warns(UserWarning, match="without a controller"):
+        model(inputs())
+    ranktune.compact(model, optimizer)
+    model(inputs())
+
+
 def test_a_module_may_lose_every_component(tmp_path):
     model = build()
     optimizer = optimizer_of(model)

@@ -30,10 +30,11 @@ def shapes(text: str) -> list[tuple[int, int]]:
 def methods(text: str | None) -> tuple[list[Variant], list[Variant]]:
     """Names to the variants to time and the variants to count; the two that ratios refer to are always among them.
 
-    None chooses the default: all are counted, those marked so are timed.
+    None chooses the default: what is marked so is timed, or counted.
     """
     if text is None:
-        return [variant for variant in VARIANTS.values() if variant.timed], list(VARIANTS.values())
+        rows = VARIANTS.values()
+        return [row for row in rows if row.timed], [row for row in rows if row.counted]
     names = text.split(",")
     for name in names:
         if name not in VARIANTS:

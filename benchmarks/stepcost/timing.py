@@ -52,9 +52,9 @@ class TrainingStep:
         self, model: nn.Module, variant: Variant, batch: Mapping[str, Tensor], machine: Machine, compiled: bool = False
     ) -> None:
         self.batch, self.machine = batch, machine
-        # Trainer's own choice of optimizer.
+        # Trainer's own choice of optimizer and of weight decay.
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
         self.after_step = variant.attach(model, self.optimizer)
         self.model = torch.compile(model) if compiled else model
         self.steps = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,7 +11,7 @@ from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from ranktune import DoraConfig, DynamicDoraConfig, RankConfig, RankController
+from ranktune import DoraConfig, DynamicDoraConfig, IncreLoraConfig, RankConfig, RankController, compact
 
 # From rank, adapter dropout and target modules.
 MakeConfig = Callable[[int, float, list[str]], PeftConfig]
@@ -32,7 +33,7 @@ class Variant:
         attach: called once with the adapted model and its optimizer, to set up whatever moves ranks. If it returns a
             function, that is called with the step number (from 1) after every optimizer step, inside the timed part.
         stock: PEFT's own adapter of the same kind, if it has one and this is ours.
-        timed: whether the default run times it, or only counts its bytes.
+        timed, counted: whether the default run times it, and counts its bytes.
     """
 
     name: str
@@ -41,11 +42,12 @@ class Variant:
     attach: Callable[[nn.Module, Optimizer], AfterStep | None] = _nothing
     stock: str | None = None
     timed: bool = True
+    counted: bool = True
 
 
-def _peft_lora(**options: Any) -> MakeConfig:
+def _peft_lora(share: float = 1.0, **options: Any) -> MakeConfig:
     return lambda r, dropout, targets: LoraConfig(
-        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, **options
+        r=math.ceil(share * r), lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, **options
     )
 
 
@@ -71,6 +73,26 @@ def _attach_controller(model: nn.Module, optimizer: Optimizer) -> None:
     RankController(model, optimizer, total_steps=1_000_000)
 
 
+def _attach_pruned(model: nn.Module, optimizer: Optimizer) -> None:
+    """The end of a run: steps without gradients take the schedule to its end, and what was pruned goes."""
+    steps = 100
+    controller = RankController(model, optimizer, total_steps=steps)
+    for _ in range(steps):
+        optimizer.step()
+    controller.finish()
+    compact(model, optimizer)
+
+
+def _growing(**options: Any) -> MakeConfig:
+    """One component short of the target, so that as many as ever take part in forward, the reserve among them.
+
+    The first round is too far away for any timed step to be in its score window, unless every step is.
+    """
+    return lambda r, dropout, targets: _ours(IncreLoraConfig, init_r=max(1, r - 1), grow_interval=100_000, **options)(
+        r, dropout, targets
+    )
+
+
 def _ours(config_class: type[RankConfig], **options: Any) -> MakeConfig:
     return lambda r, dropout, targets: config_class(
         r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, **options
@@ -91,6 +113,25 @@ VARIANTS = {
         Variant("lora", "ranktune lora", _ours(RankConfig), stock=REFERENCE),
         Variant("dora", "ranktune dora", _ours(DoraConfig), stock=STOCK_DORA),
         Variant("dynamic-dora", "ranktune dynamic-dora", _ours(DynamicDoraConfig), _attach_controller, stock=REFERENCE),
+        Variant("peft-lora-1.5r", "PEFT LoRA, 1.5 r", _peft_lora(1.5)),
+        Variant(
+            "dynamic-dora-compacted",
+            "dynamic compacted",
+            # Random factors from the start: among zeros, ties would leave some modules nothing and others all.
+            _ours(DynamicDoraConfig, init_weights=False),
+            _attach_pruned,
+            stock="peft-lora-1.5r",
+            counted=False,
+        ),
+        Variant("increlora", "ranktune increlora", _growing(), _attach_controller, stock=REFERENCE),
+        Variant(
+            "increlora-scored",
+            "increlora scoring",
+            _growing(score_window="all"),
+            _attach_controller,
+            stock=REFERENCE,
+            counted=False,
+        ),
         Variant(
             "dora-exact", "ranktune dora exact", _ours(DoraConfig, detach_norm=False), stock=STOCK_DORA, timed=False
         ),

@@ -15,7 +15,8 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None, adapter_name: 
     """Give every module exactly its active components: less memory, less work, smaller files, the same output.
 
     Parameters stay the objects they are, so training may go on with the same optimizer. A module whose components are
-    all inactive keeps an update of rank 0. Adapters whose ranks never move are left as they are.
+    all inactive keeps an update of rank 0. Adapters whose ranks never move are left as they are. The ranks are final:
+    further training needs no controller.
 
     Args:
         model: the PEFT model.
@@ -42,4 +43,5 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None, adapter_name: 
         if optimizer is not None:
             keep_components(plain_optimizer(optimizer), update, kept)
         update.keep_components(kept)
+        update.needs_controller = False
     return {name: update.rank for name, update in found}

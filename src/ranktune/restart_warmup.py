@@ -37,7 +37,8 @@ class _Late:
         parameter, dim: the parameter, and the dimension that lists its components.
         first: index of the first of them.
         births: [n] the step at which each of the leading n was first there; the others are not trained yet.
-        born: those n, components first. waiting: the others, or None where nobody will ever ask for them.
+        born: those n, components first. waiting: the others, or None where they stay as they are by themselves or
+            nobody will ever ask for them.
     """
 
     parameter: nn.Parameter
@@ -88,6 +89,7 @@ class RestartWarmup:
         self.ramp = ramp
         self.total_steps = total_steps
         self._late: dict[int, _Late] = {}
+        self._moves_idle_rows = _moves_idle_rows(optimizer)
         self._warn_where_inexact()
 
     @torch.no_grad()
@@ -96,7 +98,11 @@ class RestartWarmup:
 
         Once growth is final, the vectors of inert components mean nothing any more: only their gates, all zero, do.
         """
-        self._late = {id(late.parameter): late for update in self.updates for late in _late_of(update, step, final)}
+        self._late = {
+            id(late.parameter): late
+            for update in self.updates
+            for late in _late_of(update, step, keep_vectors=self._moves_idle_rows and not final)
+        }
 
     @torch.no_grad()
     def correct(self, step: int) -> None:
@@ -148,12 +154,18 @@ class RestartWarmup:
             )
 
 
-def _late_of(update: GrowingUpdate, step: int, final: bool) -> Iterator[_Late]:
+def _moves_idle_rows(optimizer: Optimizer) -> bool:
+    """Whether a row without gradients and moments may move: by weight decay, or in an optimizer that is not known."""
+    decays = any(float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups)
+    return decays or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+
+def _late_of(update: GrowingUpdate, step: int, keep_vectors: bool) -> Iterator[_Late]:
     # Births ascend. What was born in this very step has had no gradient yet.
     vectors, gates = (births[births < step] for births in update.births())
     if update.capacity > update.start_rank:
-        yield _Late.of(update.lora_A, 0, update.start_rank, vectors, not final)
-        yield _Late.of(update.lora_B, 1, update.start_rank, vectors, not final)
+        yield _Late.of(update.lora_A, 0, update.start_rank, vectors, keep_vectors)
+        yield _Late.of(update.lora_B, 1, update.start_rank, vectors, keep_vectors)
         yield _Late.of(update.required_gate(), 0, update.start_rank, gates, True)
 
 

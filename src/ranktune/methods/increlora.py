@@ -280,8 +280,8 @@ class IncreLoraPolicy(GrowthPolicy):
         pairs = []
         for group in _alike(updates):
             window, trained = group[0].window, group[0].trained
-            A = torch.stack([update.lora_A.detach()[:window] for update in group])
-            B = torch.stack([update.lora_B.detach()[:, :window].T for update in group])
+            A = _batch([update.lora_A.detach()[:window] for update in group])
+            B = _batch([update.lora_B.detach()[:, :window].T for update in group])
             dA, dB = (from_orthonormal_slope(vectors)[:, :trained].mul_(weight) for vectors in (A, B))
             for position, update in enumerate(group):
                 pairs += [(update.lora_A, dA[position]), (update.lora_B, dB[position].T)]
@@ -333,9 +333,15 @@ def _sensitivity_of(update: LowRankUpdate, norm: str) -> Tensor:
 
 
 def _alike(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
-    """The modules in groups of one shape, one rank and one device."""
+    """The modules in groups of one shape, one rank and one device; alone on the CPU, where a batch would only copy."""
     groups: dict[tuple[object, ...], list[LowRankUpdate]] = defaultdict(list)
     for update in updates:
         shape = (update.lora_A.shape[1], update.lora_B.shape[0], update.window, update.trained)
-        groups[(*shape, update.lora_A.device)].append(update)
+        device = update.lora_A.device
+        groups[(*shape, device, id(update) if device.type == "cpu" else None)].append(update)
     yield from groups.values()
+
+
+def _batch(matrices: Sequence[Tensor]) -> Tensor:
+    """Stacked along a new first dimension; a single one without a copy."""
+    return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0].unsqueeze(0)
