@@ -79,9 +79,9 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("reserve_learns", [True, False])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
-def test_every_late_row_moves_as_in_an_optimizer_group_of_its_own(kind, schedule, reserve_learns):
-    options = {"weight_decay": 0.1, "betas": (0.8, 0.95)} if kind == "AdamW" else {"weight_decay": 0.1, "momentum": 0.9}
+@pytest.mark.parametrize(("kind", "decay"), [("AdamW", 0.1), ("SGD", 0.1), ("AdamW", 0.0), ("SGD", 0.0)])
+def test_every_late_row_moves_as_in_an_optimizer_group_of_its_own(kind, decay, schedule, reserve_learns):
+    options = {"weight_decay": decay} | ({"betas": (0.8, 0.95)} if kind == "AdamW" else {"momentum": 0.9})
     make = getattr(torch.optim, kind)
     update = update_of(reserve_learns)
     start = [parameter.detach().clone() for parameter in update.parameters()]
