@@ -10,6 +10,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from ranktune.growing import GrowingUpdate
+from ranktune.optimizer_state import forget_components
 from ranktune.restart_warmup import RestartWarmup
 
 IN, OUT, CAPACITY, START, TOTAL, RAMP, LR = 6, 5, 7, 2, 40, 6, 0.03
@@ -50,7 +51,7 @@ def run(update, optimizer, scheduler, ramp=RAMP):
             if promoted:
                 update.promote(promoted, step, keep_output=False)
             if step == FINAL:
-                update.dissolve_reserve()
+                forget_components(optimizer, update, update.dissolve_reserve())
             update.stock(added, step, 1e-5)
         warmup.remember(step, final=False)
         optimizer.step()
