@@ -53,7 +53,7 @@ def run(update, optimizer, scheduler, ramp=RAMP):
             if step == FINAL:
                 forget_components(optimizer, update, update.dissolve_reserve())
             update.stock(added, step, 1e-5)
-        warmup.remember(step, final=False)
+        warmup.remember(step, final=step >= FINAL)
         optimizer.step()
         warmup.correct(step)
         scheduler.step()
@@ -92,7 +92,6 @@ def test_every_late_row_moves_as_in_an_optimizer_group_of_its_own(kind, decay, s
 
     alone: dict[tuple[int, int], tuple] = {}  # (parameter, row) -> parameter of its own, optimizer, birth
     rows = [p.movedim(d, 0) for p, d in zip(start, (0, 1, 0), strict=True)]
-    previous = None
     for step in run(update, optimizer, scheduler):
         share = scheduler.lr_lambdas[0](step)
         gone = {key for key in alone if key[0] < 2 and step >= FINAL and key[1] >= update.rank_now}
@@ -125,9 +124,6 @@ def test_every_late_row_moves_as_in_an_optimizer_group_of_its_own(kind, decay, s
         assert (update.gate[update.window :] == 0).all()
         reserve = update.gate[update.rank_now : update.window]
         assert torch.equal(reserve.detach(), torch.full_like(reserve, 1e-5))
-        if step >= FINAL:
-            assert previous is None or all(map(torch.equal, inert, previous))
-            previous = [part.clone() for part in inert]
     assert len(alone) > 8
 
 
