@@ -10,16 +10,23 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ranktune import DoraConfig, DynamicDoraConfig, IncreLoraConfig, RankConfig
+from ranktune import DoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig, RankConfig
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method under test: how to build its config, and how it differs from the others where it has to."""
+    """A method under test: how to build its config, and how it differs from the others where it has to.
+
+    Attributes:
+        mergeable: whether a weight can hold the update; where not, every way to merge has to be refused.
+        undecayed: the names of the tensors that weight decay leaves alone besides vectors.
+    """
 
     name: str
     config_class: type[RankConfig]
     fields: dict[str, Any] = field(default_factory=dict)
+    mergeable: bool = True
+    undecayed: tuple[str, ...] = ()
 
     def config(self, **fields: Any) -> RankConfig:
         return self.config_class(**{"r": 4, "lora_alpha": 6, **self.fields, **fields})
@@ -27,6 +34,8 @@ class Row:
     def __str__(self) -> str:
         return self.name
 
+
+_SCALINGS = ("expert_A", "expert_B", "router")
 
 ROWS = [
     Row("lora", RankConfig),
@@ -38,6 +47,9 @@ ROWS = [
     Row("dynamic-dora-decomposed", DynamicDoraConfig, {"use_dora": True}),
     Row("increlora", IncreLoraConfig, {"init_r": 2}),
     Row("increlora-decomposed", IncreLoraConfig, {"use_dora": True, "use_rslora": True}),
+    Row("mor", MorConfig, {"num_experts": 3}, mergeable=False, undecayed=_SCALINGS),
+    Row("mor-balanced", MorConfig, {"router": "balanced", "use_rslora": True}, mergeable=False, undecayed=_SCALINGS),
+    Row("mor-uniform", MorConfig, {"router": "uniform"}, undecayed=_SCALINGS),
 ]
 
 

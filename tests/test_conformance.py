@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import ranktune
+from ranktune import adapters
 from tests.methods import ROWS, TARGETS, build_base, inputs, perturb
 
 # Conformance is about the adapter alone; what a controller does with it has tests of its own.
@@ -26,8 +27,18 @@ def row(request):
     return request.param
 
 
+@pytest.fixture(params=[row for row in ROWS if row.mergeable], ids=str)
+def merging_row(request):
+    return request.param
+
+
+@pytest.fixture(params=[row for row in ROWS if not row.mergeable], ids=str)
+def unmergeable_row(request):
+    return request.param
+
+
 def adapted(row, kind="Linear", dtype=torch.float32, perturbed=True, **fields):
-    model = peft.get_peft_model(build_base(kind, dtype), row.config(target_modules=TARGETS, **fields))
+    model = peft.get_peft_model(build_base(kind, dtype), row.config(**{"target_modules": TARGETS, **fields}))
     return perturb(model) if perturbed else model
 
 
@@ -82,8 +93,8 @@ def test_training_reaches_every_adapter_tensor_and_nothing_else(row, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merging_keeps_the_output_and_unmerging_restores_every_bit(row, kind, dtype):
-    model = adapted(row, kind, dtype).eval()
+def test_merging_keeps_the_output_and_unmerging_restores_every_bit(merging_row, kind, dtype):
+    model = adapted(merging_row, kind, dtype).eval()
     x = inputs(dtype)
     expected = model(x)
     weights = {name: layer.weight.clone() for name, layer in _layers(model)}
@@ -106,8 +117,8 @@ def _layers(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merge_and_unload_leaves_a_plain_model(row, kind):
-    model = adapted(row, kind).eval()
+def test_merge_and_unload_leaves_a_plain_model(merging_row, kind):
+    model = adapted(merging_row, kind).eval()
     expected = model(inputs())
     merged = model.merge_and_unload(safe_merge=True)
     assert type(merged) is type(build_base(kind))
@@ -115,9 +126,40 @@ def test_merge_and_unload_leaves_a_plain_model(row, kind):
     torch.testing.assert_close(merged(inputs()), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_say_whether_they_merge(row):
+    model = adapted(row)
+    assert {update.mergeable for _, update in adapters.updates(model)} == {row.mergeable}
+    assert {layer.supports_lora_conversion("default") for _, layer in _layers(model)} == {row.mergeable}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_depends_on_its_input_is_not_merged(unmergeable_row, kind):
+    """Every way is refused by name, with what to do instead, before anything has changed in any layer."""
+    model = adapted(unmergeable_row, kind, target_modules=["narrow"])
+    model.add_adapter("plain", ranktune.RankConfig(target_modules=["square"]))
+    model.base_model.set_adapter(["default", "plain"])
+    perturb(model).eval()
+    expected = model(inputs())
+    layer = _layers(model)[-1][1]
+    for way in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        partial(model.merge_and_unload, safe_merge=True, adapter_names=["plain", "default"]),
+        layer.merge,
+        partial(layer.get_delta_weight, "default"),
+    ):
+        with pytest.raises(ranktune.ConfigError, match=r"mor adapter.*mean_gate"):
+            way()
+        assert not any(layer.merged for _, layer in _layers(model))
+        assert torch.equal(model(inputs()), expected)
+    assert _layers(model.merge_and_unload(adapter_names=["plain"])) == []
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(adapted(unmergeable_row, kind), 2)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_safe_merge_refuses_and_changes_nothing(row, bad):
-    model = adapted(row).eval()
+def test_safe_merge_refuses_and_changes_nothing(merging_row, bad):
+    model = adapted(merging_row).eval()
     layer = _layers(model)[1][1]
     with torch.no_grad():
         layer.update_of("default").lora_B[0, 0] = bad
@@ -129,8 +171,8 @@ def test_safe_merge_refuses_and_changes_nothing(row, bad):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_delta_weight_is_what_forward_adds(row, kind):
-    model = adapted(row, kind).eval()
+def test_the_delta_weight_is_what_forward_adds(merging_row, kind):
+    model = adapted(merging_row, kind).eval()
     for _, layer in _layers(model):
         delta = layer.get_delta_weight("default")
         assert delta.shape == layer.weight.shape
@@ -202,10 +244,10 @@ def test_two_adapters_switch_add_and_delete(row):
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_two_adapters_merge_as_they_run(row, one_by_one):
+def test_two_adapters_merge_as_they_run(merging_row, one_by_one):
     """With a magnitude, every norm refers to the original weight, also when another adapter is in it already."""
-    model = adapted(row).eval()
-    model.add_adapter("second", row.config(target_modules=TARGETS, r=2))
+    model = adapted(merging_row).eval()
+    model.add_adapter("second", merging_row.config(target_modules=TARGETS, r=2))
     perturb(model, seed=5)
     model.base_model.set_adapter(["default", "second"])
     expected = model(inputs())
@@ -220,8 +262,8 @@ def test_two_adapters_merge_as_they_run(row, one_by_one):
     assert torch.equal(model(inputs()), expected)
 
 
-def test_disabling_a_merged_adapter_gives_the_base_back(row):
-    model = adapted(row).eval()
+def test_disabling_a_merged_adapter_gives_the_base_back(merging_row):
+    model = adapted(merging_row).eval()
     expected = model(inputs())
     model.merge_adapter()
     with model.disable_adapter():
@@ -244,6 +286,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(row, use_reentrant):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, on autograd nodes
 @pytest.mark.parametrize(("kind", "dropout"), [("Linear", 0.0), ("Conv1D", 0.3)])
 def test_compiles_whole_and_agrees_with_eager(row, kind, dropout):
     """`fullgraph` refuses any graph break. The eager backend traces everything and compiles nothing."""
@@ -301,6 +344,7 @@ def test_patterns_set_the_rank_and_the_scale(row):
 
 def test_parameter_groups_decay_no_vector(row):
     model = adapted(row, modules_to_save=["head"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = ranktune.parameter_groups(model, lr=0.1, weight_decay=0.01)
     counted = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
@@ -308,4 +352,5 @@ def test_parameter_groups_decay_no_vector(row):
     for group in groups:
         assert group["lr"] == 0.1
         for parameter in group["params"]:
-            assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0.0)
+            decayed = parameter.ndim > 1 and names[id(parameter)].rpartition(".")[2] not in row.undecayed
+            assert group["weight_decay"] == (0.01 if decayed else 0.0)

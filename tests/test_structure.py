@@ -13,8 +13,18 @@ SOURCE = Path(ranktune.__file__).parent
 
 # Each floor may import its own and the floors before it. A package name stands for everything in it.
 FLOORS = [
-    {"errors", "lowrank", "magnitude", "schedule", "allocation", "sensitivity", "orthogonality", "recompression"},
-    {"config", "norm_cache", "update", "growing", "policy"},
+    {
+        "errors",
+        "lowrank",
+        "magnitude",
+        "schedule",
+        "allocation",
+        "sensitivity",
+        "orthogonality",
+        "recompression",
+        "mixture",
+    },
+    {"config", "norm_cache", "update", "growing", "policy", "balance", "gate_usage", "routed"},
     {"methods"},
     {
         "peft_compat",

@@ -11,7 +11,7 @@ from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from ranktune import DoraConfig, DynamicDoraConfig, IncreLoraConfig, RankConfig, RankController, compact
+from ranktune import DoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig, RankConfig, RankController, compact
 
 # From rank, adapter dropout and target modules.
 MakeConfig = Callable[[int, float, list[str]], PeftConfig]
@@ -132,6 +132,7 @@ VARIANTS = {
             stock=REFERENCE,
             counted=False,
         ),
+        Variant("mor", "ranktune mor (8 experts)", _ours(MorConfig), stock=REFERENCE),
         Variant(
             "dora-exact", "ranktune dora exact", _ours(DoraConfig, detach_norm=False), stock=STOCK_DORA, timed=False
         ),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ranktune.export import export_lora
     from ranktune.gradients import ControllerError
     from ranktune.integrations.trainer import RankCallback
-    from ranktune.methods import DoraConfig, DynamicDoraConfig, IncreLoraConfig
+    from ranktune.methods import DoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig
 
 __version__ = "0.1.0"
 
@@ -34,6 +34,7 @@ _HOME = {
     "DynamicDoraConfig": "ranktune.methods",
     "ExportError": "ranktune.errors",
     "IncreLoraConfig": "ranktune.methods",
+    "MorConfig": "ranktune.methods",
     "RankCallback": "ranktune.integrations.trainer",
     "RankConfig": "ranktune.config",
     "RankController": "ranktune.controller",
@@ -55,6 +56,7 @@ __all__ = [
     "DynamicDoraConfig",
     "ExportError",
     "IncreLoraConfig",
+    "MorConfig",
     "RankCallback",
     "RankConfig",
     "RankController",

@@ -59,8 +59,9 @@ def active_parameters(model: nn.Module, adapter_name: str | None = None) -> int:
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups for the trainable parameters of a model.
 
-    Factors and the matrices of fully trained modules are decayed; magnitudes, biases and normalisation weights, all of
-    them one-dimensional, are not: decay would pull a magnitude away from the row norm it started at.
+    Factors and the matrices of fully trained modules are decayed. Biases and normalisation weights, all of them
+    one-dimensional, are not; nor is what an adapter names itself: decay would pull a magnitude away from the row norm
+    it started at, and an expert's scalings away from one.
 
     Args:
         lr: learning rate of every group.
@@ -70,8 +71,12 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         Groups for a ``torch.optim`` optimizer; empty ones are left out.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    undecayed = {id(parameter) for parameter in trainable if parameter.ndim <= 1}
+    for update in model.modules():
+        if isinstance(update, LowRankUpdate):
+            undecayed.update(id(getattr(update, name)) for name in update.UNDECAYED)
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) not in undecayed], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) in undecayed], "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -63,7 +63,7 @@ def low_rank_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     flat = x.reshape(-1, x.shape[-1])
     A, B = A.to(x.dtype), B.to(x.dtype)
-    dropped = _draw_dropped(flat, dropout) if dropout > 0.0 else None
+    dropped = draw_dropped(flat, dropout) if dropout > 0.0 else None
     survival = 1.0 / (1.0 - dropout)
     with torch.autocast(x.device.type, enabled=False):
         if offset is not None and dropped is not None and drop_base_path:
@@ -73,12 +73,12 @@ def low_rank_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _draw_dropped(x: Tensor, dropout: float) -> Tensor:
+def draw_dropped(x: Tensor, dropout: float) -> Tensor:
     """Draw the elements that dropout zeroes: bool [n, in], with the random numbers that ``F.dropout`` would take."""
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout).logical_not_()
 
 
-def _zero(x: Tensor, dropped: Tensor | None) -> Tensor:
+def zero_dropped(x: Tensor, dropped: Tensor | None) -> Tensor:
     """x with the dropped elements zeroed. The factor 1 / (1 - p) goes to the small side of each product."""
     return x if dropped is None else torch.where(dropped, x.new_zeros(()), x)
 
@@ -130,7 +130,7 @@ class _LowRankLinear(torch.autograd.Function):
         score: Tensor | None,  # noqa: ARG004  (only its gradient matters)
     ) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        u = _zero(x, dropped) @ (A * survival).T
+        u = zero_dropped(x, dropped) @ (A * survival).T
         y.addmm_(u, B.T, alpha=scale)
         if offset is not None:
             # (1 + o)(y - bias) + bias: exactly y where o is zero, so a fresh adapter changes no bit.
@@ -175,7 +175,7 @@ class _LowRankLinear(torch.autograd.Function):
                 dx.addmm_(du, A)
             else:
                 dx.add_((du @ (A * ctx.survival)).masked_fill_(dropped, 0.0))
-        zeroed = _zero(x, dropped) if needs[3] or needs[10] else x
+        zeroed = zero_dropped(x, dropped) if needs[3] or needs[10] else x
         dA = (du.T @ zeroed).mul_(ctx.survival) if needs[3] else None
         dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
         d_score = sensitivity(dv, zeroed, A, B, ctx.scale * ctx.survival) if needs[10] else None
@@ -201,7 +201,7 @@ class _TwoPathLinear(torch.autograd.Function):
     ) -> Tensor:
         w = weight.to(x.dtype)
         y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
-        zeroed = _zero(x, dropped)
+        zeroed = zero_dropped(x, dropped)
         u = zeroed @ (A * survival).T
         y.addmm_(u, B.T, alpha=scale)
         unscaled = F.linear(zeroed, w).addmm_(u, B.T, alpha=scale, beta=survival)
@@ -224,7 +224,7 @@ class _TwoPathLinear(torch.autograd.Function):
             # Not dv - dy: in bfloat16 a small offset would be lost in the difference.
             through_dropout = ((dy * offset.to(dy.dtype)) @ w).addmm_(du, A, alpha=ctx.survival, beta=ctx.survival)
             dx = (dy @ w).add_(through_dropout.masked_fill_(dropped, 0.0))
-        zeroed = _zero(x, dropped) if needs[3] or needs[9] else x
+        zeroed = zero_dropped(x, dropped) if needs[3] or needs[9] else x
         dA = (du.T @ zeroed).mul_(ctx.survival) if needs[3] else None
         dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
         d_score = sensitivity(dv, zeroed, A, B, ctx.scale * ctx.survival) if needs[9] else None

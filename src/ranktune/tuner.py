@@ -72,7 +72,7 @@ class RankLayer(nn.Module, BaseTunerLayer):
         """
         r = pattern_value(config.rank_pattern, key, config.capacity)
         alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
-        update = config.make_update(self.in_features, self.out_features, r)
+        update = config.make_update(self.in_features, self.out_features, r).train(self.training)
         config.reset_parameters(update)
         self.r[adapter_name] = r
         self.scaling[adapter_name] = config.scaling(alpha, r)
@@ -198,9 +198,12 @@ class RankLayer(nn.Module, BaseTunerLayer):
         """What the adapter adds to the base weight, in the base weight's layout and the adapter's dtype."""
         return self._delta_weight(adapter).to(self.update_of(adapter).lora_A.dtype)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
-        """The update is additive, so PEFT can approximate it by a LoRA (exactly, unless weight-decomposed)."""
-        return True
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Where the update is the same for every input, PEFT can approximate it by a LoRA.
+
+        That is exact, unless the update is weight-decomposed.
+        """
+        return adapter_name not in self.ranktune_update or self.update_of(adapter_name).mergeable
 
     def _delta_weight(self, name: str) -> Tensor:
         with torch.no_grad():
@@ -271,6 +274,29 @@ class RankTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's merging, refused before the first layer has changed where one adapter cannot be merged."""
+        self._refuse_unmergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        if merge:
+            self._refuse_unmergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, RankLayer):
+                for name in layer.active_adapters if adapter_names is None else adapter_names:
+                    if name in layer.ranktune_update:
+                        layer.update_of(name).require_mergeable()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:

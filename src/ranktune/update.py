@@ -73,7 +73,9 @@ class LowRankUpdate(nn.Module):
     }
     # Kept at float32 or wider when the module is cast: in bfloat16 a decomposed layer is no identity at the start, and
     # a running average or a gate would stop moving.
-    _WIDE = ("gate", "lora_magnitude_vector", "rank_average")
+    _WIDE: ClassVar[tuple[str, ...]] = ("gate", "lora_magnitude_vector", "rank_average")
+    # Parameters that weight decay would pull towards a zero that means nothing to them.
+    UNDECAYED: ClassVar[tuple[str, ...]] = ("gate", "lora_magnitude_vector")
 
     def __init__(
         self,
@@ -116,6 +118,18 @@ class LowRankUpdate(nn.Module):
         if self.rank_active is None or self.rank_active.is_meta:
             return self.capacity
         return int(self.rank_active.sum())
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the update is the same for every input, so that a weight can hold it."""
+        return True
+
+    def require_mergeable(self) -> None:
+        """Refuse where the update depends on its input.
+
+        Raises:
+            ConfigError: it does; the message says what to do instead.
+        """
 
     @property
     def window(self) -> int:

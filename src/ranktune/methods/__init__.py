@@ -3,5 +3,6 @@
 from ranktune.methods.dora import DoraConfig
 from ranktune.methods.dynamic_dora import DynamicDoraConfig
 from ranktune.methods.increlora import IncreLoraConfig
+from ranktune.methods.mor import MorConfig
 
-__all__ = ["DoraConfig", "DynamicDoraConfig", "IncreLoraConfig"]
+__all__ = ["DoraConfig", "DynamicDoraConfig", "IncreLoraConfig", "MorConfig"]

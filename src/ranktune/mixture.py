@@ -1,0 +1,202 @@
+"""A mixture of rank experts as algebra: ``y = W x + bias + s sum_i G_i(x) diag(b_i) B diag(a_i) A d(x)``.
+
+``W`` is frozen; ``A`` [r, in] and ``B`` [out, r] are shared by N experts, each of which has a scaling a_i [r] and
+b_i [out]; ``G = softmax(W_g x)`` [N] is formed token by token in float32 or wider; ``d`` is dropout, which the router
+does not see. With ``h = A d(x)`` the sum is one product,
+
+    s M^T z,    z = vec(G_i h) [N r],    M = [diag(a_i) B^T diag(b_i)] stacked over i [N r, out],
+
+so nothing of size [tokens, N, out] is formed (the direct formula needs that twice). M is a few elementwise products of
+the parameters, cheaper to make again than to keep: backward keeps x, h and G, and one byte per dropped element.
+
+Tokens are flattened to one dimension: x is [n, in], y is [n, out].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ranktune.lowrank import draw_dropped, zero_dropped
+
+
+def mixture_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    expert_A: Tensor,
+    expert_B: Tensor,
+    router: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    balance: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply a frozen linear layer and a mixture of rank experts in one autograd node.
+
+    Args:
+        x: [..., in], the layer's input.
+        weight: [out, in], frozen (it gets no gradient); any strides, so a transposed view serves ``Conv1D``.
+        bias: [out] or None, frozen.
+        A: [r, in]. B: [out, r]. Used in the compute dtype, which is autocast's where it is on, else x's.
+        expert_A: [N, r], the rows a_i. expert_B: [N, out], the rows b_i.
+        router: [N, in], W_g.
+        scale: s.
+        dropout: probability in [0, 1) of zeroing an element of the update's input.
+        balance: leaves [N, in] and [1] whose gradients shall be that of `balance_gradient`, whatever the loss is
+            multiplied by, and the number of times that it was added.
+
+    Returns:
+        The output [..., out] in the compute dtype, and G [n, N], without history.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = draw_dropped(flat, dropout) if dropout > 0.0 else None
+    survival = 1.0 / (1.0 - dropout)
+    leaves = (None, None) if balance is None else balance
+    with torch.autocast(x.device.type, enabled=False):
+        y, gates = _MixtureLinear.apply(
+            flat, weight, bias, A, B, expert_A, expert_B, router, scale, dropped, survival, *leaves
+        )
+    return y.view(*x.shape[:-1], y.shape[-1]), gates
+
+
+def route(x: Tensor, router: Tensor) -> Tensor:
+    """``G = softmax(W_g x)`` [..., N] for x [..., in], in float32 or wider whatever autocast says."""
+    wide = _wide(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.softmax(F.linear(x.to(wide), router.to(wide)), -1)
+
+
+def mixture_delta(x: Tensor, gates: Tensor, A: Tensor, B: Tensor, expert_A: Tensor, expert_B: Tensor) -> Tensor:
+    """``sum_i G_i diag(b_i) B diag(a_i) A x`` [..., out] from stock operators.
+
+    Args:
+        x: [..., in], after dropout, in the compute dtype. gates: [..., N].
+    """
+    h = F.linear(x, A.to(x.dtype))
+    z = (gates.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2).to(x.dtype)
+    return z @ stacked_up(B, expert_A, expert_B).to(x.dtype)
+
+
+def stacked_up(B: Tensor, expert_A: Tensor, expert_B: Tensor) -> Tensor:
+    """M [N r, out]: row (i, k) is ``a_ik b_i o B[:, k]``."""
+    return (expert_A.unsqueeze(2) * B.T * expert_B.unsqueeze(1)).flatten(0, 1)
+
+
+def balance_gradient(gates: Tensor, x: Tensor) -> Tensor:
+    """The gradient [N, in] for the router of ``N sum_i f_i P_i`` (Switch Transformer, equation 4), at least float32.
+
+    f_i is the share of tokens whose largest gate is i, a constant; P_i is the mean of G_i.
+
+    Args:
+        gates: G [n, N]. x: [n, in].
+    """
+    count, experts = gates.shape
+    share = F.one_hot(gates.argmax(1), experts).sum(0).to(gates.dtype) * (experts / count**2)
+    return _softmax_backward(gates, share).T @ x.to(gates.dtype)
+
+
+class BalanceTap(torch.autograd.Function):
+    """The gates [n, N] as they are; backward gives the leaves of a load-balancing term their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, x: Tensor, gradient: Tensor, count: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(gates, x)
+        return gates.view_as(gates)
+
+    @staticmethod
+    def backward(ctx: Any, d_gates: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gates, x = ctx.saved_tensors
+        return d_gates, None, balance_gradient(gates, x), gates.new_ones(1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _spread(gates: Tensor, h: Tensor) -> Tensor:
+    """z [n, N r] in h's dtype: ``G_i h_k`` at (i, k)."""
+    return (gates.unsqueeze(2) * h.unsqueeze(1)).flatten(1).to(h.dtype)
+
+
+def _softmax_backward(gates: Tensor, d_gates: Tensor) -> Tensor:
+    """The gradient at the logits [n, N] for that at the gates."""
+    weighted = gates * d_gates
+    return weighted - gates * weighted.sum(1, keepdim=True)
+
+
+class _MixtureLinear(torch.autograd.Function):
+    """One pass through W forward, one backward; A and the router read x together where they may."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        expert_A: Tensor,
+        expert_B: Tensor,
+        router: Tensor,
+        scale: float,
+        dropped: Tensor | None,
+        survival: float,
+        balance: Tensor | None,  # noqa: ARG004  (only its gradient matters)
+        balance_count: Tensor | None,  # noqa: ARG004
+    ) -> tuple[Tensor, Tensor]:
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        wide = _wide(x)
+        if dropped is None and x.dtype == wide:
+            # One reading of x: 16 columns take the time of 8.
+            h, logits = (x @ torch.cat([A, router]).to(wide).T).split([A.shape[0], router.shape[0]], 1)
+            h = h.contiguous()
+        else:
+            h = zero_dropped(x, dropped) @ (A * survival).to(x.dtype).T
+            logits = x.to(wide) @ router.to(wide).T
+        gates = torch.softmax(logits, 1)
+        y.addmm_(_spread(gates, h), stacked_up(B, expert_A * scale, expert_B).to(x.dtype))
+        ctx.scale, ctx.survival = scale, survival
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(x, weight, A, B, expert_A, expert_B, router, h, gates, dropped)
+        return y, gates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, A, B, expert_A, expert_B, router, h, gates, dropped = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        M = stacked_up(B, expert_A * ctx.scale, expert_B).to(dy.dtype)
+        dz = (dy @ M.T).to(gates.dtype).unflatten(1, expert_A.shape)
+        dh = torch.bmm(gates.unsqueeze(1), dz).squeeze(1)
+        d_logits = _softmax_backward(gates, torch.bmm(dz, h.to(gates.dtype).unsqueeze(2)).squeeze(2))
+        dx = dy @ weight.to(dy.dtype) if needs[0] else None
+        if dx is not None:
+            if dropped is None:
+                dx.addmm_(torch.cat([dh, d_logits], 1).to(dy.dtype), torch.cat([A, router]).to(dy.dtype))
+            else:
+                dx.addmm_(d_logits.to(dy.dtype), router.to(dy.dtype))
+                dx.add_((dh.to(dy.dtype) @ (A * ctx.survival).to(dy.dtype)).masked_fill_(dropped, 0.0))
+        dA = dB = d_expert_A = d_expert_B = d_router = None
+        if any(needs[3:8]):
+            if dropped is None and x.dtype == gates.dtype:
+                dA, d_router = (torch.cat([dh, d_logits], 1).T @ x).split([A.shape[0], router.shape[0]])
+            else:
+                dA = (dh.to(x.dtype).T @ zero_dropped(x, dropped)).mul_(ctx.survival)
+                d_router = d_logits.T @ x.to(gates.dtype)
+            dM = (_spread(gates, h).T @ dy).to(gates.dtype).unflatten(0, expert_A.shape).mul_(ctx.scale)
+            through_B = dM * B.T
+            d_expert_A = torch.bmm(through_B, expert_B.to(gates.dtype).unsqueeze(2)).squeeze(2)
+            d_expert_B = torch.bmm(expert_A.to(gates.dtype).unsqueeze(1), through_B).squeeze(1)
+            dB = dM.mul_(expert_A.unsqueeze(2)).mul_(expert_B.unsqueeze(1)).sum(0).T
+        d_balance = balance_gradient(gates, x) if needs[11] else None
+        d_count = gates.new_ones(1) if needs[12] else None
+        return dx, None, None, dA, dB, d_expert_A, d_expert_B, d_router, None, None, None, d_balance, d_count

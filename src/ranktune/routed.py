@@ -1,0 +1,140 @@
+"""`RoutedUpdate`: one shared pair of factors, N cheap scalings of it, and a router that mixes them token by token.
+
+Where the mixture does not depend on the input (one expert, or fixed equal shares) the update is a plain low-rank one,
+with everything that follows: it merges, it converts, it can be weight-decomposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ranktune.balance import BalanceTerm
+from ranktune.errors import ConfigError
+from ranktune.gate_usage import GateUsage
+from ranktune.mixture import BalanceTap, mixture_delta, mixture_linear, route
+from ranktune.update import Base, LowRankUpdate
+
+
+class RoutedUpdate(LowRankUpdate):
+    """``s sum_i G_i(x) diag(expert_B_i) B diag(expert_A_i) A`` with ``G = softmax(router x)``, or 1 / N.
+
+    Args:
+        in_features, out_features, capacity: see `LowRankUpdate`; the capacity is r, shared by all experts.
+        num_experts: N.
+        routed: whether there is a router; else every expert's share is 1 / N.
+        balance_weight: of a load-balancing loss on the router that takes effect by itself, or 0.
+        dropout: see `LowRankUpdate`. The router sees the input before dropout.
+
+    Attributes:
+        expert_A: [N, r]. expert_B: [N, out]. router: [N, in] or None. All at least float32.
+        usage: where forward notes the gates while somebody wants to know how experts are used, or None.
+    """
+
+    router: nn.Parameter | None
+
+    _COMPONENT_DIM: ClassVar[dict[str, int]] = {**LowRankUpdate._COMPONENT_DIM, "expert_A": 1}
+    _WIDE: ClassVar[tuple[str, ...]] = (*LowRankUpdate._WIDE, "expert_A", "expert_B", "router")
+    UNDECAYED: ClassVar[tuple[str, ...]] = (*LowRankUpdate.UNDECAYED, "expert_A", "expert_B", "router")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        capacity: int,
+        *,
+        num_experts: int,
+        routed: bool,
+        balance_weight: float,
+        dropout: float,
+    ) -> None:
+        super().__init__(in_features, out_features, capacity, dropout=dropout)
+        self.expert_A = nn.Parameter(torch.empty(num_experts, capacity))
+        self.expert_B = nn.Parameter(torch.empty(num_experts, out_features))
+        self.register_parameter("router", nn.Parameter(torch.empty(num_experts, in_features)) if routed else None)
+        self.usage: GateUsage | None = None
+        self._balance = BalanceTerm(balance_weight) if balance_weight else None
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.expert_A.shape[0]
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the update is the same for every input."""
+        return self.router is None or self.num_experts == 1
+
+    def gates(self, x: Tensor) -> Tensor:
+        """G [..., N] for x [..., in], at least float32; they sum to one."""
+        if self.router is None:
+            return self.expert_A.new_full((*x.shape[:-1], self.num_experts), 1.0 / self.num_experts)
+        return route(x, self.router)
+
+    def forward(self, x: Tensor, base: Base, scale: float) -> Tensor:
+        """The adapted layer's output [..., out] for x [..., in], through a fused op."""
+        if self.router is None:
+            return super().forward(x, base, scale)
+        y, gates = mixture_linear(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A,
+            self.lora_B,
+            self.expert_A,
+            self.expert_B,
+            self.router,
+            scale,
+            dropout=self.dropout if self.training else 0.0,
+            balance=self._balance_leaves(),
+        )
+        if self.usage is not None:
+            self.usage.add(gates)
+        return y
+
+    def plain_delta(self, x: Tensor, base_output: Tensor, base: Callable[[], Base], scale: float) -> Tensor:
+        """See `LowRankUpdate.plain_delta`."""
+        if self.router is None:
+            return super().plain_delta(x, base_output, base, scale)
+        dtype = base_output.dtype
+        gates = self.gates(x.to(dtype))
+        if self.usage is not None:
+            self.usage.add(gates.detach().flatten(0, -2))
+        if (leaves := self._balance_leaves()) is not None:
+            tapped = BalanceTap.apply(gates.flatten(0, -2), x.detach().to(dtype).flatten(0, -2), *leaves)
+            gates = cast(Tensor, tapped).view_as(gates)
+        dropped = F.dropout(x.to(dtype), self.dropout if self.training else 0.0)
+        return mixture_delta(dropped, gates, self.lora_A, self.lora_B, self.expert_A * scale, self.expert_B)
+
+    def require_mergeable(self) -> None:
+        """See `LowRankUpdate.require_mergeable`."""
+        if not self.mergeable:
+            raise ConfigError(
+                "a mor adapter with a router cannot be merged, converted or written as one weight: its update depends "
+                "on the input. ranktune.mean_gate(model, batches) adds a plain LoRA adapter that approximates it, and "
+                "tells the error; or train with router='uniform', which merges exactly."
+            )
+
+    def factors(self, scale: float) -> tuple[Tensor, Tensor, float]:
+        """See `LowRankUpdate.factors`.
+
+        Raises:
+            ConfigError: the update depends on its input, so no two factors make it.
+        """
+        self.require_mergeable()
+        shares = self.expert_A.new_full((self.num_experts,), 1.0 / self.num_experts)
+        return self.lora_A, self.static_B(shares), scale
+
+    def static_B(self, shares: Tensor) -> Tensor:  # noqa: N802
+        """``sum_i g_i diag(expert_B_i) B diag(expert_A_i)`` [out, r] for constant gates g [N]."""
+        return self.lora_B * ((self.expert_B.T * shares) @ self.expert_A)
+
+    def _balance_leaves(self) -> tuple[Tensor, Tensor] | None:
+        """Where backward puts the gradient of the load-balancing loss, in training."""
+        if self._balance is None or self.router is None or not (self.training and torch.is_grad_enabled()):
+            return None
+        return self._balance.leaves(self.router)
