@@ -59,6 +59,12 @@ class RoutedUpdate(LowRankUpdate):
         self.usage: GateUsage | None = None
         self._balance = BalanceTerm(balance_weight) if balance_weight else None
 
+    def train(self, mode: bool = True) -> RoutedUpdate:
+        """Set the mode, and make what backward will gather the load-balancing loss in: a compiler could not."""
+        super().train(mode)
+        self._balance_leaves()
+        return self
+
     @property
     def num_experts(self) -> int:
         """N."""
@@ -132,6 +138,11 @@ class RoutedUpdate(LowRankUpdate):
     def static_B(self, shares: Tensor) -> Tensor:  # noqa: N802
         """``sum_i g_i diag(expert_B_i) B diag(expert_A_i)`` [out, r] for constant gates g [N]."""
         return self.lora_B * ((self.expert_B.T * shares) @ self.expert_A)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedUpdate:
+        super()._apply(fn, recurse)
+        self._balance_leaves()
+        return self
 
     def _balance_leaves(self) -> tuple[Tensor, Tensor] | None:
         """Where backward puts the gradient of the load-balancing loss, in training."""
