@@ -64,14 +64,15 @@ def active_adapter(model: nn.Module) -> str:
     raise ConfigError("the model has no ranktune adapter: add one with peft.get_peft_model(model, config) first.")
 
 
-def layout_of(named: Named) -> Layout:
+def layout_of(named: Named, ranks: tuple[int, ...] | None = None) -> Layout:
     """What a policy has to know about an adapter.
 
     Args:
         named: its modules' names and updates, in model order; on the meta device too.
+        ranks: see `Layout`.
     """
     costs = [update.lora_A.shape[1] + update.lora_B.shape[0] + 1 for _, update in named]
-    return Layout(tuple(name for name, _ in named), torch.tensor(costs, dtype=torch.int64))
+    return Layout(tuple(name for name, _ in named), torch.tensor(costs, dtype=torch.int64), ranks)
 
 
 def refuse_unless_optimized(optimizer: Optimizer, named: Named) -> None:

@@ -60,6 +60,19 @@ class RankChange:
     score: float | None
 
 
+@dataclass(frozen=True)
+class Restart:
+    """Where a rank schedule was begun anew in the middle of a run.
+
+    Attributes:
+        step: optimizer steps done then.
+        ranks: the modules' ranks then, in model order.
+    """
+
+    step: int
+    ranks: tuple[int, ...]
+
+
 class RankController:
     """Moves the ranks of one adapter through a run of ``total_steps`` optimizer steps.
 
@@ -74,8 +87,12 @@ class RankController:
         scaler: the ``torch.amp.GradScaler`` of a loop of one's own, if any; accelerate's is found.
         penalty_in_loss: the caller adds `penalty` to the loss, and no gradient is added here. Penalties otherwise act
             after gradient clipping, once per optimizer step.
+        restart: True begins the rank schedule anew, from the present ranks and over the steps that remain of
+            ``total_steps``; for a run that goes on under another length than it was planned for. When such a run is
+            itself resumed, give the `Restart` that this controller's ``restart`` was. Ranks that were final stay final.
 
     Attributes:
+        restart: where the schedule was begun anew, or None.
         history: one `RankChange` per module and change, oldest first.
 
     Raises:
@@ -92,6 +109,7 @@ class RankController:
         adapter_name: str | None = None,
         scaler: Any = None,
         penalty_in_loss: bool = False,
+        restart: Restart | bool = False,
     ) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(f"total_steps={total_steps!r} must be a whole number of optimizer steps, at least 1.")
@@ -103,8 +121,16 @@ class RankController:
         config = adapter_config(model, self.adapter_name)
         named = list(updates(model, self.adapter_name))
         self._updates = [update for _, update in named]
-        self._layout = layout_of(named)
-        policy = config.policy(self._layout, total_steps)
+        self.restart = _restart_here(self._updates) if restart is True else restart or None
+        self._began = 0 if self.restart is None else self.restart.step
+        if self._began >= total_steps:
+            raise ConfigError(
+                f"total_steps={total_steps} is the length of the whole run, and {self._began} steps of it are done: "
+                "nothing remains to begin a rank schedule in. Train longer."
+            )
+        self._start_rank = config.start_rank
+        self._layout = layout_of(named, None if self.restart is None else self.restart.ranks)
+        policy = config.policy(self._layout, total_steps - self._began)
         if policy is None:
             raise ConfigError(
                 f"adapter {self.adapter_name!r} is a {config.method!r} adapter, whose ranks do not move: it needs no "
@@ -144,6 +170,11 @@ class RankController:
         return self._ended
 
     @property
+    def scheduled(self) -> bool:
+        """Whether ranks move over the run at all, so that its length matters to them."""
+        return not self.policy.has_ended(0, self._layout.ranks_from(self._start_rank).tolist())
+
+    @property
     def skipped(self) -> int:
         """Steps that were not taken because a gradient was not finite."""
         return self._gradients.skipped
@@ -175,13 +206,18 @@ class RankController:
 
     def budget(self) -> int:
         """What the active components may cost at this step, in ranks or in parameters."""
-        return self.policy.budget(self.step)
+        return self.policy.budget(self.step - self._began)
 
     def penalty(self) -> Tensor:
         """The method's regulariser as a scalar, for a loss of one's own (with ``penalty_in_loss=True``)."""
-        if not self.policy.penalises(self.step):
+        if not self.policy.penalises(self.step - self._began):
             return torch.zeros((), device=self._updates[0].lora_A.device)
         return self.policy.penalty(self._updates)
+
+    def recall(self, history: Sequence[RankChange], skipped: int = 0) -> None:
+        """Take over what an earlier part of a resumed run has recorded, oldest first."""
+        self.history = [*history, *self.history]
+        self._gradients.skipped += skipped
 
     def close(self) -> None:
         """Detach from the optimizer."""
@@ -213,7 +249,7 @@ class RankController:
             self._clear_scores()
             return
         with torch.no_grad():
-            if not self.penalty_in_loss and self.policy.penalises(self.step):
+            if not self.penalty_in_loss and self.policy.penalises(self._step - self._began):
                 self._add_penalty(optimizer)
             if self.policy.before_step:
                 self._consult()
@@ -240,7 +276,7 @@ class RankController:
 
     def _consult(self) -> None:
         """Measure, ask the policy, and have carried out what it decides."""
-        if self._ended or not self.policy.measures(self._step):
+        if self._ended or not self.policy.measures(self._step - self._began):
             return
         state = self._state(self._updates)
         measured = self._measure()
@@ -256,7 +292,7 @@ class RankController:
         """Make the chosen components the active ones; for good when ranks can no longer change."""
         self._record(state, chosen)
         self._ended = self.policy.has_ended(state.step, chosen.sum(1).tolist())
-        self._moves.apply(chosen, state.step, self._ended)
+        self._moves.apply(chosen, self._step, self._ended)
         if self._ended:
             self._mark(in_charge=True)
 
@@ -288,7 +324,7 @@ class RankController:
 
     def _want_scores(self) -> None:
         """Have the next backward score the modules, or not."""
-        wanted = self.policy.before_step and not self._ended and self.policy.measures(self._step)
+        wanted = self.policy.before_step and not self._ended and self.policy.measures(self._step - self._began)
         for update in self._updates:
             if wanted and update.score is None:
                 A = update.lora_A
@@ -314,12 +350,12 @@ class RankController:
         scores = (scores * weights).sum(1).div(weights.sum(1).clamp_min(1)).tolist()
         for module, before, after, score in zip(self._layout.modules, old, new, scores, strict=True):
             if before != after:
-                self.history.append(RankChange(state.step, module, before, after, score if after else None))
+                self.history.append(RankChange(self._step, module, before, after, score if after else None))
 
     def _state(self, updates: Sequence[LowRankUpdate]) -> RankState:
         device = updates[0].lora_A.device
         return RankState(
-            self.step,
+            self.step - self._began,
             torch.stack([cast(Tensor, update.rank_active).to(device) for update in updates]),
             torch.stack([cast(Tensor, update.rank_average).to(device) for update in updates]),
         )
@@ -338,7 +374,12 @@ class RankController:
         if version != self._version:
             self._version = version
             self._step = int(counter)
-            self._ended = self.policy.has_ended(self._step, [update.rank for update in self._updates])
+            ranks = [update.rank for update in self._updates]
+            self._ended = self.policy.has_ended(self._step - self._began, ranks)
+
+
+def _restart_here(updates: Sequence[LowRankUpdate]) -> Restart:
+    return Restart(int(cast(Tensor, updates[0].rank_step)), tuple(update.rank for update in updates))
 
 
 def history_records(history: Sequence[RankChange]) -> list[dict[str, Any]]:

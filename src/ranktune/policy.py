@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ranktune.update import LowRankUpdate
@@ -23,10 +24,16 @@ class Layout:
     Attributes:
         modules: their names in model order.
         costs: [M] int64, the parameters of one component of each module: in + out + its gate.
+        ranks: the modules' ranks where the schedule begins; None is where the method starts.
     """
 
     modules: tuple[str, ...]
     costs: Tensor
+    ranks: tuple[int, ...] | None = None
+
+    def ranks_from(self, start_rank: int) -> Tensor:
+        """The modules' ranks [M] int64 where the schedule begins, for a method that starts at ``start_rank``."""
+        return torch.tensor(self.ranks or [start_rank] * len(self.modules))
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class RankState:
     """All that a policy remembers, with the M modules of R components each stacked in layout order.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps done since the schedule began.
         active: [M, R] bool, the components that count as the module's rank.
         average: [M, R], or [M, K] with K of the policy's choice, the running averages of what it measures.
     """

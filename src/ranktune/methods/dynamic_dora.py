@@ -117,7 +117,12 @@ class DynamicDoraPolicy(RankPolicy):
         else:
             self.costs = layout.costs
             target = config.target_params
-        start = int(self.costs.sum()) * config.start_rank
+        ranks = layout.ranks_from(config.start_rank)
+        start = int((self.costs * ranks).sum())
+        if start <= target and int(ranks.sum()) < count * config.start_rank:
+            # Begun anew after it had been pruned for good: there is nothing to do, and that has been done.
+            self.schedule = CubicPruning(start, start, 0, 0, config.prune_interval)
+            return
         if target > start:
             unit = "components" if config.target_params is None else "parameters"
             raise ConfigError(

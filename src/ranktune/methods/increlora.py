@@ -194,7 +194,8 @@ class IncreLoraPolicy(GrowthPolicy):
         self.unit = "components" if in_ranks else "parameters"
         self.costs = torch.ones(self.count, dtype=torch.int64) if in_ranks else layout.costs
         self.target = self.count * config.r if config.target_params is None else config.target_params
-        self.start = int(self.costs.sum()) * config.init_r
+        self.ranks = layout.ranks_from(config.init_r)
+        self.start = int((self.costs * self.ranks).sum())
         self._refuse_without_room(config)
         self.grow_by = max(1, config.r // 2) if config.grow_by is None else config.grow_by
         interval = max(5, total_steps // 100) if config.grow_interval is None else config.grow_interval
@@ -206,7 +207,7 @@ class IncreLoraPolicy(GrowthPolicy):
         )
         self.ramp = interval if config.restart_warmup else 0
         self.top_h = self._default_top_h() if config.top_h is None else min(config.top_h, self.count)
-        self._refuse_if_too_short(config.init_r)
+        self._refuse_if_too_short()
 
     def measures(self, step: int) -> bool:
         return self.schedule.is_scored(step)
@@ -310,10 +311,10 @@ class IncreLoraPolicy(GrowthPolicy):
                 f"max_r={self.capacity} = {room:,} {self.unit}. Raise max_r or lower the budget."
             )
 
-    def _refuse_if_too_short(self, init_r: int) -> None:
+    def _refuse_if_too_short(self) -> None:
         rounds = self.schedule.rounds_from(0)
         wanted = self.target - self.start
-        room = torch.full((self.count,), self.capacity - init_r)
+        room = self.capacity - self.ranks
         planned = rounds * self.top_h * self.grow_by * int(self.costs.max())
         if wanted >= int(self.costs.min()) and min(planned, self._in_reach(room, rounds)) < wanted:
             raise ConfigError(
