@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from ranktune.errors import RecipeError, did_you_mean
 from ranktune.recipe import yaml_text
+from ranktune.recipe.environment import with_environment
 from ranktune.recipe.overrides import apply_overrides
 from ranktune.recipe.schema import KNOWN_ELSEWHERE, SECTIONS, Recipe
 
@@ -19,18 +20,20 @@ from ranktune.recipe.schema import KNOWN_ELSEWHERE, SECTIONS, Recipe
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `key.sub=value` overrides and check every key and value.
 
-    The result is complete: the method's and the training's defaults are written out, and a local model or data
-    folder is absolute, so that the run can be repeated from another working directory.
+    In the places that name a file or folder (`model`, `data.source`, `output`), `${NAME}` stands for an environment
+    variable. The result is complete: the method's and the training's defaults are written out, and a local model or
+    data folder is absolute, so that the run can be repeated from another working directory.
 
     Raises:
-        RecipeError: the file is missing or not YAML; a key is unknown; a value has the wrong type or is impossible.
+        RecipeError: the file is missing or not YAML; a key is unknown; a value has the wrong type or is impossible;
+            an environment variable is not set.
         ConfigError: the method's configuration class refuses its fields.
     """
     path = Path(path)
     values = _read(path)
     values, touched = apply_overrides(values, overrides)
     values.setdefault("output", f"runs/{path.stem}")
-    recipe = _validated(values, str(path), touched)
+    recipe = with_environment(_validated(values, str(path), touched), str(path))
     # Here, not at the top: naming a method's fields loads torch and peft, and a mistyped key needs neither.
     from ranktune.recipe.choices import checked_trainer_fields, complete_method
 

@@ -60,12 +60,15 @@ class DataRecipe(Section):
     evaluation: str | None = None
     evaluation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     columns: dict[str, str] = {}
+    replace: dict[str, dict[Annotated[str, Field(min_length=1)], str]] = {}
+    skip_incomplete: bool = False
     header: bool = True
     delimiter: str | None = None
     quoting: bool = True
     labels: Annotated[list[str] | None, BeforeValidator(_texts)] = None
     max_length: Positive = 128
     max_target_length: Positive = 64
+    loss_on: Literal["completion", "everything"] = "completion"
     max_train_examples: Positive | None = None
     max_eval_examples: Positive | None = None
     metric: str | None = None

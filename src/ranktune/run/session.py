@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import datasets
@@ -33,7 +34,7 @@ def build_trainer(
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        compute_metrics=task.compute_metrics,
+        compute_metrics=partial(task.compute_metrics, examples=evaluation),
         preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=callbacks,
     )

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 
 from ranktune.errors import RecipeError
+from ranktune.tasks.character_tokenizer import character_tokenizer
 from ranktune.tasks.vocabulary import TASKS, check_words
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Task(ABC):
 
     def load_tokenizer(self, path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
         """Load the tokenizer, with a padding token even where the model came without one."""
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        config = AutoConfig.from_pretrained(path, revision=revision or "main")
+        tokenizer = character_tokenizer(config) or AutoTokenizer.from_pretrained(path, revision=revision or "main")
         if tokenizer.pad_token is None:
             # Padding is masked out of attention and loss, so any token will do; the end of text is the custom.
             substitute = tokenizer.eos_token or tokenizer.unk_token
@@ -90,8 +92,8 @@ class Task(ABC):
         """Return the function that pads examples into a batch."""
 
     @abstractmethod
-    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Return every metric of the task, by name."""
+    def compute_metrics(self, prediction: EvalPrediction, examples: datasets.Dataset) -> dict[str, float]:
+        """Return every metric of the task, by name; `examples`: what was predicted, as `tokenize` returned it."""
 
     @abstractmethod
     def preprocess_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from ranktune.tasks.base import Data, first_output
 from ranktune.tasks.text_inputs import TextInputTask
 
 if TYPE_CHECKING:
+    import datasets
     import torch
     from transformers import EvalPrediction
 
@@ -40,7 +41,7 @@ class Classification(TextInputTask):
         """[batch, classes] -> the chosen class [batch]."""
         return first_output(logits).argmax(dim=-1)
 
-    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def compute_metrics(self, prediction: EvalPrediction, examples: datasets.Dataset) -> dict[str, float]:  # noqa: ARG002
         """Accuracy, F1 and Matthews correlation, each at most 1."""
         chosen, truth = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         average = "binary" if len(self.labels) == 2 else "macro"

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
 
 from ranktune.errors import DataError
+from ranktune.tasks.chat import problem_with
 from ranktune.tasks.labels import class_names, class_numbers, measurements
+from ranktune.tasks.replacement import replacer
 from ranktune.tasks.roles import check_columns
+from ranktune.tasks.tokenization import map_rows
 
 
-def take_roles(dataset: datasets.Dataset, roles: Mapping[str, str], task: str, split: str) -> datasets.Dataset:
+def take_roles(
+    dataset: datasets.Dataset,
+    roles: Mapping[str, str],
+    task: str,
+    split: str,
+    *,
+    skip_incomplete: bool = False,
+    replace: Mapping[str, Mapping[str, str]] | None = None,
+) -> datasets.Dataset:
     """Return the split with only the columns that play a role, named by it, their texts checked.
 
-    Raises DataError, with the row, for a text that is missing, empty or no text. A plain corpus may have
-    empty rows: they are the blank lines between its paragraphs.
+    `skip_incomplete`: leave out rows with nothing in one of the columns, instead of refusing them. `replace`:
+    role -> what to replace in its texts. Raises DataError, with the row, for a text that is missing, empty or
+    no text. A plain corpus may have empty rows: they are the blank lines between its paragraphs.
     """
     check_columns(roles, dataset.column_names, f" in the {split} split")
     if len(dataset) == 0:
@@ -24,12 +36,20 @@ def take_roles(dataset: datasets.Dataset, roles: Mapping[str, str], task: str, s
     chosen = dataset.select_columns(list(roles.values())).rename_columns(
         {column: role for role, column in roles.items() if column != role}
     )
+    may_be_empty = {"text"} if task == "causal-lm" else set()
+    if skip_incomplete:
+        chosen = _complete(chosen, set(roles) - may_be_empty, split)
     for role, column in roles.items():
         if role == "label":
             continue
-        may_be_empty = task == "causal-lm" and role == "text"
         for row, value in enumerate(chosen[role], start=1):
-            _check_text(value, row, column, split, may_be_empty=may_be_empty)
+            if role == "messages":
+                _check_messages(value, row, column, split)
+            else:
+                _check_text(value, row, column, split, may_be_empty=role in may_be_empty)
+    for role, table in (replace or {}).items():
+        if table:
+            chosen = _replaced(chosen, role, replacer(table))
     return chosen
 
 
@@ -78,6 +98,34 @@ def _class_order(train: datasets.Dataset) -> list[str] | None:
     """The order that a data set of the hub declares: scores like F1 depend on which class is the second."""
     feature = train.features["label"]
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _complete(dataset: datasets.Dataset, roles: set[str], split: str) -> datasets.Dataset:
+    """The rows that have something in every role that needs it."""
+    columns = [dataset[role] for role in dataset.column_names if role in roles]
+    full = [row for row, cells in enumerate(zip(*columns, strict=True)) if not any(map(_is_blank, cells))]
+    if columns and not full:
+        raise DataError(f"data.skip_incomplete: every example of the {split} split is incomplete, so none is left.")
+    return dataset.select(full) if columns else dataset
+
+
+def _is_blank(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def _replaced(dataset: datasets.Dataset, role: str, replaced: Callable[[str], str]) -> datasets.Dataset:
+    def change(cell: Any) -> Any:
+        if isinstance(cell, str):
+            return replaced(cell)
+        return [{**message, "content": replaced(message["content"])} for message in cell]
+
+    return map_rows(dataset, lambda rows: {role: [change(cell) for cell in rows[role]]})
+
+
+def _check_messages(value: Any, row: int, column: str, split: str) -> None:
+    problem = problem_with(value)
+    if problem is not None:
+        raise DataError(f"data: row {row} of the {split} split {problem} (column '{column}').")
 
 
 def _check_text(value: Any, row: int, column: str, split: str, *, may_be_empty: bool) -> None:

@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ranktune.errors import DataError, did_you_mean
+from ranktune.tasks.dictionaries import read_dictionary
 from ranktune.tasks.paths import missing
 
 if TYPE_CHECKING:
@@ -81,9 +82,12 @@ def columns_of(files: Sequence[Path], recipe: DataRecipe) -> list[str] | None:
 def read(files: Sequence[Path], recipe: DataRecipe) -> Dataset:
     """Read the files of one split.
 
-    Csv and tsv cells come as text. Raises DataError when a file cannot be parsed.
+    Csv and tsv cells come as text; a JSON file that is one object has the columns `key` and `value`. Raises
+    DataError when a file cannot be parsed.
     """
     builder = _builder(files[0], "data.source")
+    if [file.suffix.lower() for file in files] == [".json"] and (entries := read_dictionary(files[0])):
+        return entries
     options: dict[str, Any] = {"sample_by": "paragraph"} if builder == "text" else {}
     if builder == "csv":
         options = _csv_options(files, recipe)

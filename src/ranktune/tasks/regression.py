@@ -12,6 +12,7 @@ from ranktune.tasks.base import first_output
 from ranktune.tasks.text_inputs import TextInputTask
 
 if TYPE_CHECKING:
+    import datasets
     import torch
     from transformers import EvalPrediction
 
@@ -28,7 +29,7 @@ class Regression(TextInputTask):
         """[batch, 1] -> [batch], float32."""
         return first_output(logits).squeeze(-1).float()
 
-    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def compute_metrics(self, prediction: EvalPrediction, examples: datasets.Dataset) -> dict[str, float]:  # noqa: ARG002
         """Pearson and Spearman correlation, and the mean squared error in squared label units."""
         predicted = np.asarray(prediction.predictions, dtype=np.float64)
         truth = np.asarray(prediction.label_ids, dtype=np.float64)

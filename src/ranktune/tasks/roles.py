@@ -41,6 +41,7 @@ _TEXTS = (
 )
 _LABELS = ("label", "labels", "class", "category", "target", "score", "rating", "sentiment")
 _COMPLETIONS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"))
+_CONVERSATIONS = ("messages", "conversation", "conversations")
 _TARGETS = (
     ("source_text", "target"),
     ("source_text", "target_text"),
@@ -53,6 +54,14 @@ _TARGETS = (
     ("article", "highlights"),
     ("dialogue", "summary"),
     ("text", "summary"),
+)
+
+# The sets of roles whose usual names tell the task; a text alone does not.
+_TELLING = (
+    ("classification", ("text", "label")),
+    ("causal-lm", ("prompt", "completion")),
+    ("causal-lm", ("messages",)),
+    ("seq2seq", ("source_text", "target")),
 )
 
 
@@ -92,8 +101,10 @@ def candidates(given: Mapping[str, str], names: Collection[str]) -> dict[str, di
     Raises DataError when a given column does not exist.
     """
     check_columns(given, names)
-    layouts = {task: TASKS[task].layouts[0] for task in ("classification", "causal-lm", "seq2seq")}
-    fits = {task: roles for task, layout in layouts.items() if (roles := _fit(layout, given, names))}
+    fits: dict[str, dict[str, str]] = {}
+    for task, layout in _TELLING:
+        if task not in fits and (roles := _fit(layout, given, names)):
+            fits[task] = roles
     if not fits and (len(names) == 1 or "text" in given):
         # A text alone is a corpus to model; beside columns of unknown meaning it is not obvious.
         corpus = _fit(("text",), given, names)
@@ -154,6 +165,8 @@ def _usual(layout: tuple[str, ...], names: Collection[str]) -> Iterator[dict[str
         for label in _LABELS:
             yield from ({"text": first, "text_pair": second, "label": label} for first, second in _PAIRS)
             yield from ({"text": text, "label": label} for text in _TEXTS)
+    elif layout == ("messages",):
+        yield from ({"messages": name} for name in _CONVERSATIONS)
     elif layout == ("text",):
         yield from ({"text": text} for text in _TEXTS)
         if len(names) == 1:

@@ -18,6 +18,7 @@ from ranktune.errors import RecipeError
 from ranktune.tasks.base import Data, Task, check_length, first_output, positions
 from ranktune.tasks.edit_distance import edit_distance
 from ranktune.tasks.tokenization import map_examples
+from ranktune.tasks.unknown import UnknownTokens, unknown_id
 
 if TYPE_CHECKING:
     import datasets
@@ -32,7 +33,8 @@ IGNORED = -100  # a label that no loss counts; the trainer pads predictions with
 class Seq2Seq(Task):
     """Generate `target` from `source_text`.
 
-    A target longer than `max_target_length` is refused, never cut.
+    A target longer than `max_target_length` is refused, never cut. A target with a character that the vocabulary
+    does not have can never be met exactly, and that is what the scores say.
     """
 
     name: ClassVar[str] = "seq2seq"
@@ -72,11 +74,13 @@ class Seq2Seq(Task):
         """
         check_length("data.max_length", self.max_length, tokenizer.model_max_length, "tokenizer")
         self._tokenizer = tokenizer
+        unknown = UnknownTokens(tokenizer)
 
         def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
             encoded = tokenizer(rows["source_text"], truncation=True, max_length=self.max_length)
             labels = tokenizer(text_target=rows["target"], verbose=False)["input_ids"]
             for ids, target in zip(labels, rows["target"], strict=True):
+                unknown.count(target, ids)
                 if len(ids) > self.max_target_length:
                     raise RecipeError(
                         f"data.max_target_length: the target '{target[:40]}...' takes {len(ids)} tokens, more than "
@@ -84,7 +88,9 @@ class Seq2Seq(Task):
                     )
             return {**encoded, "labels": labels}
 
-        return map_examples(dataset, encode)
+        tokenized = map_examples(dataset, encode)
+        unknown.warn("targets", "the model can never write them, so these targets always count as missed")
+        return tokenized
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> DataCollatorForSeq2Seq:
         """Pad to the longest source and target of the batch, the labels with -100."""
@@ -94,18 +100,31 @@ class Seq2Seq(Task):
         """Pass the generated ids [batch, tokens] on: they are small already."""
         return first_output(logits)
 
-    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def compute_metrics(self, prediction: EvalPrediction, examples: datasets.Dataset) -> dict[str, float]:  # noqa: ARG002
         """Return the share of targets generated exactly, and edits per character of the targets."""
-        generated, targets = self._decode(prediction.predictions), self._decode(prediction.label_ids)
+        generated = self._decode(prediction.predictions, unknown="\ufffe")
+        targets = self._decode(prediction.label_ids, unknown="\uffff")
         pairs = list(zip(generated, targets, strict=True))
         return {
             "exact_match": sum(first == second for first, second in pairs) / len(pairs),
             "character_error_rate": sum(edit_distance(*pair) for pair in pairs) / max(1, sum(map(len, targets))),
         }
 
-    def _decode(self, ids: Any) -> list[str]:
-        if self._tokenizer is None:
+    def _decode(self, ids: Any, unknown: str) -> list[str]:
+        """Decode ids [rows, tokens], -100 as padding.
+
+        The unknown token stands for any character that the vocabulary lacks, so two of them are not known to be
+        equal: each becomes `unknown`, which is to differ between the two sides that are compared.
+        """
+        tokenizer = self._tokenizer
+        if tokenizer is None:
             raise RuntimeError("Seq2Seq.compute_metrics needs the tokenizer: call tokenize first.")
         known = np.array(ids)
-        known[known == IGNORED] = self._tokenizer.pad_token_id
-        return [text.strip() for text in self._tokenizer.batch_decode(known, skip_special_tokens=True)]
+        known[known == IGNORED] = tokenizer.pad_token_id
+        texts = tokenizer.batch_decode(known, skip_special_tokens=True)
+        is_unknown = known == unknown_id(tokenizer)
+        for row in np.flatnonzero(is_unknown.any(axis=1)):
+            first, *others = np.split(known[row], np.flatnonzero(is_unknown[row]))
+            pieces = [first.tolist(), *(piece[1:].tolist() for piece in others)]
+            texts[row] = unknown.join(tokenizer.batch_decode(pieces, skip_special_tokens=True))
+        return [text.strip() for text in texts]

@@ -38,7 +38,7 @@ TASKS = {
         metrics={"pearson": True, "spearman": True, "mse": False},
     ),
     "causal-lm": TaskWords(
-        layouts=(("prompt", "completion"), ("text",)),
+        layouts=(("prompt", "completion"), ("messages",), ("text",)),
         metrics={"nats_per_token": False, "perplexity": False, "nats_per_character": False},
     ),
     "seq2seq": TaskWords(
@@ -48,19 +48,26 @@ TASKS = {
 }
 
 
-def check_words(task: str | None, columns: Iterable[str], metric: str | None) -> None:
-    """Raise RecipeError for a task, a role or a metric that does not exist or does not fit."""
+def check_words(
+    task: str | None, columns: Iterable[str], metric: str | None, replaced: Iterable[str] = (), loss_on: str = ""
+) -> None:
+    """Raise RecipeError for a task, a role (of a column, or to replace in) or a metric that does not exist or fit."""
     if task is not None and task not in TASKS:
         raise RecipeError(f"data.task: unknown task '{task}'.{did_you_mean(task, TASKS)} Known: {', '.join(TASKS)}.")
     considered = [TASKS[task]] if task else list(TASKS.values())
     where = f"the task '{task}'" if task else "any task"
     roles = list(dict.fromkeys(role for words in considered for role in words.roles))
-    for role in columns:
-        if role not in roles:
-            raise RecipeError(
-                f"data.columns: '{role}' is not a role of {where}.{did_you_mean(role, roles)} Known: "
-                f"{', '.join(roles)}."
-            )
+    for field, used in (("columns", columns), ("replace", replaced)):
+        for role in used:
+            if role not in roles:
+                raise RecipeError(
+                    f"data.{field}: '{role}' is not a role of {where}.{did_you_mean(role, roles)} Known: "
+                    f"{', '.join(roles)}."
+                )
+    if "label" in replaced:
+        raise RecipeError("data.replace: 'label' holds no text; replace in the roles that are texts.")
+    if loss_on == "everything" and task not in (None, "causal-lm"):
+        raise RecipeError(f"data.loss_on: 'everything' is for causal-lm, not for {where}.")
     metrics = list(dict.fromkeys(name for words in considered for name in words.metrics))
     if metric is not None and metric not in metrics:
         raise RecipeError(
