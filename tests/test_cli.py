@@ -132,12 +132,25 @@ def test_evaluate_gives_exactly_the_same_score_in_a_new_process(trained: Path) -
     assert printed["scores"] == metrics_of(trained)["scores"]["after"]
 
 
-def test_evaluate_prints_scores_beside_the_recorded_one(trained: Path) -> None:
+def test_evaluate_prints_scores_beside_the_recorded_ones(trained: Path, tmp_path: Path) -> None:
     result = run("evaluate", trained / "out")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     shown = next(line for line in result.stdout.splitlines() if "accuracy" in line)
     assert shown.count(f"{metrics_of(trained)['after']:.4f}") == 2
+    # Every score has its own beside it: here the recorded ones are made up, to tell them from the new ones.
+    shutil.copytree(trained / "out", tmp_path / "out")
+    metrics = metrics_of(trained)
+    made_up = {name: number + 7 for number, name in enumerate(metrics["scores"]["after"])}
+    (tmp_path / "out" / "metrics.json").write_text(
+        json.dumps({**metrics, "scores": {**metrics["scores"], "after": made_up}})
+    )
+    table = run("evaluate", tmp_path / "out").stdout
+    for name, value in made_up.items():
+        (line,) = [line for line in table.splitlines() if f" {name.replace('_', ' ')} " in line]
+        assert f"{value:.4f}" in line
+        assert f"{metrics['scores']['after'][name]:.4f}" in line
+    assert json.loads(run("evaluate", tmp_path / "out", "--json").stdout)["recorded"] == made_up
     train_split = run("evaluate", trained / "out", "--split", "train", "--json")
     assert json.loads(train_split.stdout)["scores"] != metrics_of(trained)["scores"]["after"]
 

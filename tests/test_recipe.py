@@ -249,3 +249,28 @@ def test_a_mistyped_key_is_refused_without_heavy_imports(tmp_path: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_places_may_stand_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_DATA", str(tmp_path))
+    monkeypatch.delenv("MY_DATE", raising=False)
+    (tmp_path / "texts.csv").write_text("text,label\n")
+    text = "method: lora\nmodel: ${MY_DATA}/model\ndata: {source: '${MY_DATA}/texts.csv'}\noutput: ${MY_DATA}/out\n"
+    recipe = load_recipe(write_file(tmp_path, text))
+    places = recipe.model, recipe.data.source, recipe.output
+    assert places == (str(tmp_path / "model"), str(tmp_path / "texts.csv"), str(tmp_path / "out"))
+    # What is written down is the place itself: the run can be repeated without the variable.
+    assert "MY_DATA" not in recipe_text(recipe)
+    # An override needs no variable, and a dollar is otherwise an ordinary character.
+    message = refusal(tmp_path, text.replace("MY_DATA}/m", "MY_DATE}/m"))
+    assert "'model' is '${MY_DATE}/model'" in message
+    assert "environment variable MY_DATE is not set. Did you mean 'MY_DATA'?" in message
+    assert "model=..." in message
+    again = load_recipe(tmp_path / "recipe.yaml", ["model=some/$name"])
+    assert again.model == "some/$name"
+
+
+def test_what_is_replaced_cannot_be_nothing(tmp_path: Path) -> None:
+    assert "data.replace.text" in refusal(tmp_path, MINIMAL + "data: {replace: {text: {'': x}}}\n")
+    message = refusal(tmp_path, MINIMAL + "data: {loss_on: completions}\n")
+    assert "Did you mean 'completion'?" in message

@@ -28,6 +28,7 @@ FLOORS = [
     {"methods"},
     {
         "peft_compat",
+        "left_out",
         "tuner",
         "adapters",
         "optimizer_state",

@@ -203,7 +203,8 @@ def evaluate(
             err=True,
         )
     if as_json:
-        typer.echo(json.dumps({"metric": result.metric, "value": result.value, "scores": result.scores}))
+        shown = {"metric": result.metric, "value": result.value, "scores": result.scores, "recorded": result.recorded}
+        typer.echo(json.dumps(shown))
     elif not quiet:
         console.print(scores_table(result))
 

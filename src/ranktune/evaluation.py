@@ -31,13 +31,13 @@ _SCORING_ONLY = (
 class Evaluation:
     """The scores of a finished run, and how they compare with what it recorded.
 
-    `same_data` is false when the data is not what the run was trained and scored on. `recorded` is the run's own
-    score after training, on the evaluation split only.
+    `same_data` is false when the data is not what the run was trained and scored on. `recorded` holds the run's own
+    scores after training, on the evaluation split only.
     """
 
     metric: str
     scores: dict[str, float]
-    recorded: float | None
+    recorded: dict[str, float] | None
     same_data: bool
 
     @property
@@ -73,6 +73,6 @@ def evaluate(output: Path, display: Display, split: Split = "evaluation") -> Eva
     return Evaluation(
         metric=prepared.task.metric,
         scores=scores,
-        recorded=recorded["after"] if split == "evaluation" else None,
+        recorded=recorded["scores"]["after"] if split == "evaluation" else None,
         same_data=recorded["data"]["fingerprint"] == prepared.data.fingerprint,
     )

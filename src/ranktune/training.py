@@ -55,6 +55,8 @@ def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool
             f"{recipe.method['name']} on {prepared.source.name}: {len(plan.modules)} modules of total rank "
             f"{plan.rank:,}, {plan.trainable:,} trainable parameters ({plan.trainable / plan.total:.2%} of the model)"
         )
+        if plan.left_out:
+            display.say(plan.left_out)
         return _run(prepared, examples, directory, display)
 
 

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import ranktune.methods  # noqa: F401  (registers every method, so that saved adapters of any of them load)
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, did_you_mean
+from ranktune.left_out import LeftOutWarning, explain, is_all_linear, left_out
 from ranktune.peft_compat import PREFIX, UnmatchedTargetError, feature_counts, pattern_value, register
 from ranktune.update import Base, LowRankUpdate
 
@@ -237,13 +238,16 @@ class RankTuner(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to every targeted module.
+        """Add an adapter to every targeted module; say what `all-linear` does not reach.
 
         Raises:
             UnmatchedTargetError: an entry of ``target_modules`` matches nothing. PEFT accepts a list if any entry
                 matches, and a misspelt name would silently adapt less than was asked for.
         """
-        refuse_unmatched_targets(cast(RankConfig, self.peft_config[adapter_name]), model)
+        config = cast(RankConfig, self.peft_config[adapter_name])
+        refuse_unmatched_targets(config, model)
+        if is_all_linear(config):
+            warn_of_left_out(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
@@ -317,6 +321,18 @@ def warn_without_controller(adapter: str) -> None:
         "total_steps=...) before it.",
         stacklevel=3,
     )
+
+
+def warn_of_left_out(model: nn.Module) -> None:
+    """Warn of weights that look adapted under `all-linear` and are not; an output head alone is only logged."""
+    items = left_out(model)
+    if not items:
+        return
+    message = explain(items, sum(parameter.numel() for parameter in model.parameters()))
+    if all(item.head for item in items):
+        logger.info(message)
+    else:
+        warnings.warn(message, LeftOutWarning, stacklevel=2)
 
 
 def refuse_unmatched_targets(config: RankConfig, model: nn.Module) -> None:

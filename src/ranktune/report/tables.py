@@ -26,6 +26,8 @@ def plan_table(plan: Plan) -> Table:
         f"{plan.trainable:,} trainable parameters ({plan.adapter:,} in the adapter, {plan.other:,} in a new head and "
         f"other modules trained in full), {share:.2%} of the model's {plan.total:,}. Nothing was trained or written."
     )
+    if plan.left_out:
+        table.caption += f"\n{plan.left_out}"
     table.caption_justify = "left"
     return table
 
@@ -53,7 +55,7 @@ def summary_table(metrics: dict[str, Any]) -> Table:
 
 
 def scores_table(result: Evaluation) -> Table:
-    """Every score of an evaluation; the run's own main score beside it, where there is one to compare with."""
+    """Every score of an evaluation; the run's own beside it, where there is one to compare with."""
     table = Table(title_justify="left")
     table.add_column("score")
     table.add_column("now", justify="right")
@@ -62,7 +64,7 @@ def scores_table(result: Evaluation) -> Table:
     for name, value in result.scores.items():
         cells = [name.replace("_", " "), number(value)]
         if result.recorded is not None:
-            cells.append(number(result.recorded) if name == result.metric else "")
+            cells.append(number(result.recorded.get(name)))
         table.add_row(*cells, style="bold" if name == result.metric else None)
     return table
 

@@ -12,6 +12,7 @@ import datasets
 import transformers
 from transformers import DataCollator, PrinterCallback, Trainer, TrainerCallback
 
+from ranktune.left_out import LeftOutWarning
 from ranktune.run.prepare import Prepared
 from ranktune.run.trainer import trainer_class
 
@@ -53,6 +54,7 @@ def libraries_quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT asks a model for its old name of this property; nothing a user could change.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.simplefilter("ignore", LeftOutWarning)  # said in the run's own output
             yield
     finally:
         log.set_verbosity(level)

@@ -18,6 +18,7 @@ from ranktune.adapters import updates
 from ranktune.attachment import layout_of
 from ranktune.config import RankConfig
 from ranktune.errors import RecipeError, did_you_mean
+from ranktune.left_out import explain, is_all_linear, left_out
 from ranktune.policy import Layout
 
 
@@ -36,7 +37,8 @@ class Plan:
     """What a recipe would train.
 
     `layout` is what a policy has to know of the adapter; `other` counts trainable parameters outside it (a new head);
-    `total` the model's with its adapter.
+    `total` the model's with its adapter. `left_out`: what `all-linear` does not reach, in a sentence; None for targets
+    that were named.
     """
 
     modules: list[PlannedModule]
@@ -44,6 +46,7 @@ class Plan:
     adapter: int
     other: int
     total: int
+    left_out: str | None = None
 
     @property
     def trainable(self) -> int:
@@ -69,8 +72,7 @@ def check_targets(config: RankConfig, model: nn.Module) -> None:
     """
     linear = adaptable_modules(model)
     everything = [name for name, _ in model.named_modules() if name]
-    # PEFT's own word for every linear layer, in any case.
-    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+    if not is_all_linear(config):
         _check_names("target_modules", config.target_modules, linear, everything)
     _check_names("exclude_modules", config.exclude_modules, everything, everything)
     _check_names("modules_to_save", config.modules_to_save, everything, everything)
@@ -123,6 +125,8 @@ def plan(config: RankConfig, skeleton: nn.Module) -> Plan:
         RecipeError: PEFT or the method finds nothing to adapt, or something it cannot adapt.
     """
     shapes = {name: _shape(skeleton.get_submodule(name)) for name in adaptable_modules(skeleton)}
+    unreached = left_out(skeleton) if is_all_linear(config) else []
+    everything = sum(parameter.numel() for parameter in skeleton.parameters())
     try:
         with torch.device("meta"):
             model = peft.get_peft_model(cast(PreTrainedModel, skeleton), copy.deepcopy(config))
@@ -132,7 +136,14 @@ def plan(config: RankConfig, skeleton: nn.Module) -> Plan:
     modules = [PlannedModule(name, shapes[name], update.rank, _trainable(update)) for name, update in named]
     adapter = sum(module.parameters for module in modules)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Plan(modules, layout_of(named), adapter, _trainable(model) - adapter, total)
+    return Plan(
+        modules,
+        layout_of(named),
+        adapter,
+        _trainable(model) - adapter,
+        total,
+        left_out=explain(unreached, everything) if unreached else None,
+    )
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

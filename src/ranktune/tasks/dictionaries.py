@@ -16,7 +16,7 @@ def read_dictionary(file: Path) -> Dataset | None:
     """The entries of a JSON file that is one object, in the columns `key` and `value`, both text.
 
     An entry whose value is itself a list or an object, or null, has nothing in `value`. None for every other file: a
-    list of rows, one row a line, or an object of whole columns (`{"text": [...], "label": [...]}`).
+    list of rows, one row a line, or an object of nothing but lists and objects.
 
     Raises:
         DataError: the file is not text.
