@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ranktune import DoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig, RankConfig
+from ranktune import DoraConfig, DyLoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig, RankConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ ROWS = [
     Row("mor", MorConfig, {"num_experts": 3}, mergeable=False, undecayed=_SCALINGS),
     Row("mor-balanced", MorConfig, {"router": "balanced", "use_rslora": True}, mergeable=False, undecayed=_SCALINGS),
     Row("mor-uniform", MorConfig, {"router": "uniform"}, undecayed=_SCALINGS),
+    Row("dylora", DyLoraConfig),
+    Row("dylora-decomposed", DyLoraConfig, {"use_dora": True, "use_rslora": True}),
 ]
 
 

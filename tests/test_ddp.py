@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import PROJECT
 
 
-@pytest.mark.parametrize("method", ["dynamic-dora", "increlora"])
+@pytest.mark.parametrize("method", ["dynamic-dora", "increlora", "dylora"])
 def test_two_processes_agree_on_everything(method):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PROJECT}/src:{PROJECT}"}
@@ -33,3 +33,5 @@ def test_two_processes_agree_on_everything(method):
     assert sum(first["ranks"].values()) == 12
     assert first["skipped"] == second["skipped"] == 1
     assert first["step"] == 30
+    assert first["drawn"] == second["drawn"]
+    assert len(first["drawn"]) == (3 * 31 if method == "dylora" else 0)

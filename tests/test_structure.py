@@ -24,7 +24,7 @@ FLOORS = [
         "recompression",
         "mixture",
     },
-    {"config", "norm_cache", "update", "growing", "policy", "balance", "gate_usage", "routed"},
+    {"config", "norm_cache", "update", "growing", "nested", "policy", "balance", "gate_usage", "routed"},
     {"methods"},
     {
         "peft_compat",
@@ -34,12 +34,14 @@ FLOORS = [
         "optimizer_state",
         "row_rates",
         "restart_warmup",
+        "standstill",
         "moves",
         "gradients",
         "attachment",
         "controller",
         "compaction",
         "plain_lora",
+        "rank_setting",
     },
     {"export", "integrations", "recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
 ]

@@ -11,7 +11,16 @@ from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from ranktune import DoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig, RankConfig, RankController, compact
+from ranktune import (
+    DoraConfig,
+    DyLoraConfig,
+    DynamicDoraConfig,
+    IncreLoraConfig,
+    MorConfig,
+    RankConfig,
+    RankController,
+    compact,
+)
 
 # From rank, adapter dropout and target modules.
 MakeConfig = Callable[[int, float, list[str]], PeftConfig]
@@ -69,7 +78,10 @@ def _attach_adalora(model: nn.Module, optimizer: Optimizer) -> AfterStep:  # noq
 
 
 def _attach_controller(model: nn.Module, optimizer: Optimizer) -> None:
-    """A run so long that every timed step is in the phase that costs most: all components there, scored every step."""
+    """A run so long that every timed step is in the phase that costs most: all components there, scored every step.
+
+    A nested method's steps are of the ranks it draws, up to r.
+    """
     RankController(model, optimizer, total_steps=1_000_000)
 
 
@@ -133,6 +145,7 @@ VARIANTS = {
             counted=False,
         ),
         Variant("mor", "ranktune mor (8 experts)", _ours(MorConfig), stock=REFERENCE),
+        Variant("dylora", "ranktune dylora", _ours(DyLoraConfig), _attach_controller, stock=REFERENCE),
         Variant(
             "dora-exact", "ranktune dora exact", _ours(DoraConfig, detach_norm=False), stock=STOCK_DORA, timed=False
         ),

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ranktune.export import export_lora
     from ranktune.gradients import ControllerError
     from ranktune.integrations.trainer import RankCallback
-    from ranktune.methods import DoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig
+    from ranktune.methods import DoraConfig, DyLoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig
+    from ranktune.rank_setting import set_rank
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOME = {
     "ControllerError": "ranktune.gradients",
     "DataError": "ranktune.errors",
     "DoraConfig": "ranktune.methods",
+    "DyLoraConfig": "ranktune.methods",
     "DynamicDoraConfig": "ranktune.methods",
     "ExportError": "ranktune.errors",
     "IncreLoraConfig": "ranktune.methods",
@@ -45,6 +47,7 @@ _HOME = {
     "export_lora": "ranktune.export",
     "parameter_groups": "ranktune.adapters",
     "ranks": "ranktune.adapters",
+    "set_rank": "ranktune.rank_setting",
     "total_rank": "ranktune.adapters",
 }
 
@@ -53,6 +56,7 @@ __all__ = [
     "ControllerError",
     "DataError",
     "DoraConfig",
+    "DyLoraConfig",
     "DynamicDoraConfig",
     "ExportError",
     "IncreLoraConfig",
@@ -67,6 +71,7 @@ __all__ = [
     "export_lora",
     "parameter_groups",
     "ranks",
+    "set_rank",
     "total_rank",
 ]
 

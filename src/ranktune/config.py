@@ -109,7 +109,7 @@ class RankConfig(PeftConfig):
         """Refuse values that cannot work. Subclasses call super()."""
         require_count(self, "r", at_least=1)
         for key, rank in self.rank_pattern.items():
-            if not _is_count(rank) or rank < 1:
+            if not is_count(rank) or rank < 1:
                 raise ConfigError(f"rank_pattern[{key!r}]={rank!r} must be a whole number, at least 1.")
         for name, alpha in [("lora_alpha", self.lora_alpha)] + [
             (f"alpha_pattern[{key!r}]", value) for key, value in self.alpha_pattern.items()
@@ -142,6 +142,11 @@ class RankConfig(PeftConfig):
     def capacity(self) -> int:
         """How many components a module has room for, where ``rank_pattern`` does not say otherwise."""
         return self.start_rank
+
+    @property
+    def needs_controller(self) -> bool:
+        """Whether a `RankController` has to act while it trains."""
+        return self.gated
 
     def scaling(self, alpha: float, capacity: int) -> float:
         """The factor on ``B A`` at the start."""
@@ -216,7 +221,7 @@ def config_from_fields(fields: Mapping[str, Any]) -> RankConfig:
 def require_count(config: RankConfig, name: str, at_least: int) -> None:
     """Refuse a field that is not a whole number of at least ``at_least``."""
     value = getattr(config, name)
-    if not _is_count(value) or value < at_least:
+    if not is_count(value) or value < at_least:
         raise ConfigError(f"{name}={value!r} must be a whole number, at least {at_least}.")
 
 
@@ -227,7 +232,7 @@ def require_share(config: RankConfig, name: str) -> None:
         raise ConfigError(f"{name}={value!r} must be a number in [0, 1).")
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -84,6 +84,7 @@ class RankController:
         optimizer: the optimizer that steps the adapter; accelerate's wrapper is unwrapped.
         total_steps: optimizer steps of the whole run, earlier parts of a resumed run included.
         adapter_name: which adapter; the active one by default.
+        seed: of what a method draws (the ranks of ``dylora``). The same in every process and when a run is resumed.
         scaler: the ``torch.amp.GradScaler`` of a loop of one's own, if any; accelerate's is found.
         penalty_in_loss: the caller adds `penalty` to the loss, and no gradient is added here. Penalties otherwise act
             after gradient clipping, once per optimizer step.
@@ -107,6 +108,7 @@ class RankController:
         total_steps: int,
         *,
         adapter_name: str | None = None,
+        seed: int = 0,
         scaler: Any = None,
         penalty_in_loss: bool = False,
         restart: Restart | bool = False,
@@ -141,7 +143,7 @@ class RankController:
         self.history: list[RankChange] = []
         self._scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
         self._gradients = FiniteGradients(model)
-        self._moves = moves_for(policy, self.optimizer, self._updates, total_steps)
+        self._moves = moves_for(policy, self.optimizer, self._updates, total_steps, seed)
         self._skipping = False
         self._bad_scores_in_a_row = 0
         self._loss_scale = 0.0
@@ -190,10 +192,12 @@ class RankController:
     def importance(self) -> dict[str, dict[str, list[float]]]:
         """Module name to the scores of its components, active ("kept") and not ("dropped"), highest first.
 
-        A method that scores whole modules has one "kept" score for each.
+        A method that scores whole modules has one "kept" score for each, and one that scores nothing has none.
         """
         found = {}
         for name, update in zip(self._layout.modules, self._updates, strict=True):
+            if update.rank_average is None:
+                continue
             # Module by module: once compacted, they differ in size.
             state = self._state([update])
             scores = self.policy.importance(state)
@@ -224,6 +228,7 @@ class RankController:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._moves.release()
         self._mark(in_charge=False)
         for update in self._updates:
             update.score = None

@@ -22,6 +22,7 @@ from ranktune.adapters import layers
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, ExportError, did_you_mean
 from ranktune.magnitude import gain_offset, norm_dtype, row_norms, weight_norms
+from ranktune.methods import DyLoraConfig
 from ranktune.peft_compat import PREFIX, pattern_value
 from ranktune.plain_lora import (
     FILE_PREFIX,
@@ -32,6 +33,7 @@ from ranktune.plain_lora import (
     check_profile,
     exact_targets,
 )
+from ranktune.rank_setting import refuse_untrained_rank
 from ranktune.recompression import dense_singular_form, singular_form
 from ranktune.run.atomic import write_folder
 from ranktune.tuner import RankLayer, modules_outside_adapters
@@ -93,6 +95,8 @@ def export_lora(
     config = _config_of(model, adapter_name)
     if svd_rank is not None and (isinstance(svd_rank, bool) or svd_rank < 1):
         raise ConfigError(f"svd_rank={svd_rank!r} must be a whole number, at least 1.")
+    if rank is not None and isinstance(config, DyLoraConfig):
+        refuse_untrained_rank(model, rank, adapter_name)
     modules, errors = {}, {}
     adapted = dict(layers(model, adapter_name))
     with torch.no_grad():

@@ -4,7 +4,8 @@
 gain offset of a weight-decomposed layer (``None`` for plain LoRA, where it would be zero). Composing the same formula
 from stock operators writes the output four times and keeps the dropped-out input; here the low-rank product is added
 into the base output and into the input gradient in place, and backward keeps the input, ``A d(x)`` and one byte per
-dropped element.
+dropped element. Of a nested update only a `Span` of components takes part, and backward does the work of its trained
+ones alone.
 
 Every function here is pure torch: no module, no configuration, no PEFT. Tokens are flattened to one dimension: x is
 [n, in], y is [n, out].
@@ -12,7 +13,7 @@ Every function here is pure torch: no module, no configuration, no PEFT. Tokens 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,22 @@ from ranktune.sensitivity import sensitivity
 
 # Tokens per slice of a reduction over tokens on the CPU.
 _SLICE = 256
+
+
+class Span(NamedTuple):
+    """The leading components of a nested update that take part, and those of them that are trained.
+
+    Attributes:
+        first: index of the first trained component.
+        end: how many components take part; the last of them, ``end - 1``, is trained.
+    """
+
+    first: int
+    end: int
+
+    def of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Views A [end, in] and B [out, end] for stock operators; only the trained components get a gradient."""
+        return _TrainedSpan.apply(A, self, 0), _TrainedSpan.apply(B, self, 1)
 
 
 def low_rank_linear(
@@ -38,6 +55,7 @@ def low_rank_linear(
     drop_base_path: bool = True,
     small_gain: bool = False,
     score: Tensor | None = None,
+    span: Span | None = None,
 ) -> Tensor:
     """Apply a frozen linear layer and its low-rank update in one autograd node.
 
@@ -55,6 +73,8 @@ def low_rank_linear(
             recomputes the unscaled output with one more product.
         score: [1], a leaf whose gradient shall be the update's sensitivity (`ranktune.sensitivity`): one more product
             in backward.
+        span: the components that take part and are trained, out of the r; None is all of them. The others' gradients
+            are zero.
 
     Returns:
         [..., out] in the compute dtype.
@@ -62,14 +82,16 @@ def low_rank_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     flat = x.reshape(-1, x.shape[-1])
-    A, B = A.to(x.dtype), B.to(x.dtype)
+    span = Span(0, A.shape[0]) if span is None else span
     dropped = draw_dropped(flat, dropout) if dropout > 0.0 else None
     survival = 1.0 / (1.0 - dropout)
     with torch.autocast(x.device.type, enabled=False):
         if offset is not None and dropped is not None and drop_base_path:
-            y = _TwoPathLinear.apply(flat, weight, bias, A, B, scale, offset, dropped, survival, score)
+            y = _TwoPathLinear.apply(flat, weight, bias, A, B, scale, span, offset, dropped, survival, score)
         else:
-            y = _LowRankLinear.apply(flat, weight, bias, A, B, scale, offset, dropped, survival, small_gain, score)
+            y = _LowRankLinear.apply(
+                flat, weight, bias, A, B, scale, span, offset, dropped, survival, small_gain, score
+            )
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -111,6 +133,52 @@ def _column_sum(a: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_ones(a.shape[0]) @ a if a.dtype == dtype else a.sum(0, dtype=dtype)
 
 
+def _leading(A: Tensor, B: Tensor, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The components that take part, in the compute dtype: A [end, in], B [out, end]."""
+    return A[: span.end].to(dtype), B[:, : span.end].to(dtype)
+
+
+def _factor_gradients(
+    ctx: Any, x: Tensor, u: Tensor, du: Tensor, dv: Tensor, A: Tensor, B: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """``p du^T x`` [r, in] and ``s dv^T u`` [out, r], p the survival: zero but for the trained components.
+
+    Args:
+        ctx: of the node. x: [n, in], dropped elements zeroed. u, du: [n, end]. dv: [n, out]. A, B: whole.
+    """
+    span, dA, dB = ctx.span, None, None
+    if ctx.needs_input_grad[3]:
+        rows = (du[:, span.first :].T @ x).mul_(ctx.survival)
+        dA = rows.to(A.dtype) if rows.shape == A.shape else _among_zeros(rows, A, span, 0)
+    if ctx.needs_input_grad[4]:
+        columns = (u[:, span.first :].T @ dv).mul_(ctx.scale).T
+        dB = columns.to(B.dtype) if columns.shape == B.shape else _among_zeros(columns, B, span, 1)
+    return dA, dB
+
+
+def _among_zeros(gradient: Tensor, whole: Tensor, span: Span, dim: int) -> Tensor:
+    """The gradient of the trained components of a tensor at their place in one for all components."""
+    placed = torch.zeros_like(whole)
+    placed.narrow(dim, span.first, span.end - span.first).copy_(gradient)
+    return placed
+
+
+class _TrainedSpan(torch.autograd.Function):
+    """The components of a tensor that take part, as a view; backward drops the gradient of those not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, span: Span, dim: int) -> Tensor:
+        ctx.span, ctx.dim = span, dim
+        ctx.save_for_backward(whole)
+        return whole.narrow(dim, 0, span.end)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (whole,) = ctx.saved_tensors
+        trained = gradient.narrow(ctx.dim, ctx.span.first, ctx.span.end - ctx.span.first)
+        return _among_zeros(trained, whole, ctx.span, ctx.dim), None, None
+
+
 class _LowRankLinear(torch.autograd.Function):
     """``y = (1 + o) (W x + s B A d(x)) + bias``: one pass through W forward, one backward."""
 
@@ -123,6 +191,7 @@ class _LowRankLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scale: float,
+        span: Span,
         offset: Tensor | None,
         dropped: Tensor | None,
         survival: float,
@@ -130,18 +199,19 @@ class _LowRankLinear(torch.autograd.Function):
         score: Tensor | None,  # noqa: ARG004  (only its gradient matters)
     ) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        u = zero_dropped(x, dropped) @ (A * survival).T
-        y.addmm_(u, B.T, alpha=scale)
+        A_span, B_span = _leading(A, B, span, x.dtype)
+        u = zero_dropped(x, dropped) @ (A_span * survival).T
+        y.addmm_(u, B_span.T, alpha=scale)
         if offset is not None:
             # (1 + o)(y - bias) + bias: exactly y where o is zero, so a fresh adapter changes no bit.
             if bias is None:
                 torch.addcmul(y, y, offset, out=y)
             else:
                 torch.addcmul(bias * -offset, y, offset + 1.0, out=y)
-        ctx.scale, ctx.survival = scale, survival
+        ctx.scale, ctx.survival, ctx.span = scale, survival, span
         ctx.output = None
         kept_output = None
-        if offset is not None and ctx.needs_input_grad[6] and not small_gain:
+        if offset is not None and ctx.needs_input_grad[7] and not small_gain:
             # The gain's gradient needs the unscaled output, and the output itself gives it. Saved under a version
             # counter of its own, because some models add to it in place; an empty tensor on the output's counter
             # tells backward whether that happened.
@@ -156,30 +226,30 @@ class _LowRankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, A, B, u, offset, dropped, y = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs, span = ctx.needs_input_grad, ctx.span
+        A_span, B_span = _leading(A, B, span, x.dtype)
         d_offset = None
-        if needs[6]:
+        if needs[7]:
             if y is not None and ctx.output._version == ctx.output_version:
                 d_offset = _column_dot(dy, y, offset.dtype)
                 if bias is not None:
                     d_offset.sub_(bias * _column_sum(dy, offset.dtype))
                 d_offset.div_(offset + 1.0)
             else:
-                unscaled = F.linear(x, weight.to(x.dtype)).addmm_(u, B.T, alpha=ctx.scale)
+                unscaled = F.linear(x, weight.to(x.dtype)).addmm_(u, B_span.T, alpha=ctx.scale)
                 d_offset = _column_dot(dy, unscaled, offset.dtype)
         dv = dy if offset is None else _gain_times(dy, offset)
-        du = dv @ (B * ctx.scale)
+        du = dv @ (B_span * ctx.scale)
         dx = dv @ weight.to(dv.dtype) if needs[0] else None
         if dx is not None:
             if dropped is None:
-                dx.addmm_(du, A)
+                dx.addmm_(du, A_span)
             else:
-                dx.add_((du @ (A * ctx.survival)).masked_fill_(dropped, 0.0))
-        zeroed = zero_dropped(x, dropped) if needs[3] or needs[10] else x
-        dA = (du.T @ zeroed).mul_(ctx.survival) if needs[3] else None
-        dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
-        d_score = sensitivity(dv, zeroed, A, B, ctx.scale * ctx.survival) if needs[10] else None
-        return dx, None, None, dA, dB, None, d_offset, None, None, None, d_score
+                dx.add_((du @ (A_span * ctx.survival)).masked_fill_(dropped, 0.0))
+        zeroed = zero_dropped(x, dropped) if needs[3] or needs[11] else x
+        dA, dB = _factor_gradients(ctx, zeroed, u, du, dv, A, B)
+        d_score = sensitivity(dv, zeroed, A_span, B_span, ctx.scale * ctx.survival) if needs[11] else None
+        return dx, None, None, dA, dB, None, None, d_offset, None, None, None, d_score
 
 
 class _TwoPathLinear(torch.autograd.Function):
@@ -194,6 +264,7 @@ class _TwoPathLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scale: float,
+        span: Span,
         offset: Tensor,
         dropped: Tensor,
         survival: float,
@@ -202,30 +273,31 @@ class _TwoPathLinear(torch.autograd.Function):
         w = weight.to(x.dtype)
         y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
         zeroed = zero_dropped(x, dropped)
-        u = zeroed @ (A * survival).T
-        y.addmm_(u, B.T, alpha=scale)
-        unscaled = F.linear(zeroed, w).addmm_(u, B.T, alpha=scale, beta=survival)
+        A_span, B_span = _leading(A, B, span, x.dtype)
+        u = zeroed @ (A_span * survival).T
+        y.addmm_(u, B_span.T, alpha=scale)
+        unscaled = F.linear(zeroed, w).addmm_(u, B_span.T, alpha=scale, beta=survival)
         torch.addcmul(y, unscaled, offset, out=y)
-        ctx.scale, ctx.survival = scale, survival
-        ctx.save_for_backward(x, weight, A, B, u, offset, dropped, unscaled if ctx.needs_input_grad[6] else None)
+        ctx.scale, ctx.survival, ctx.span = scale, survival, span
+        ctx.save_for_backward(x, weight, A, B, u, offset, dropped, unscaled if ctx.needs_input_grad[7] else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, A, B, u, offset, dropped, unscaled = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        d_offset = _column_dot(dy, unscaled, offset.dtype) if needs[6] else None
+        needs, span = ctx.needs_input_grad, ctx.span
+        A_span, B_span = _leading(A, B, span, x.dtype)
+        d_offset = _column_dot(dy, unscaled, offset.dtype) if needs[7] else None
         dv = _gain_times(dy, offset)
-        du = dv @ (B * ctx.scale)
+        du = dv @ (B_span * ctx.scale)
         dx = None
         if needs[0]:
             w = weight.to(dy.dtype)
             # Not dv - dy: in bfloat16 a small offset would be lost in the difference.
-            through_dropout = ((dy * offset.to(dy.dtype)) @ w).addmm_(du, A, alpha=ctx.survival, beta=ctx.survival)
+            through_dropout = ((dy * offset.to(dy.dtype)) @ w).addmm_(du, A_span, alpha=ctx.survival, beta=ctx.survival)
             dx = (dy @ w).add_(through_dropout.masked_fill_(dropped, 0.0))
-        zeroed = zero_dropped(x, dropped) if needs[3] or needs[9] else x
-        dA = (du.T @ zeroed).mul_(ctx.survival) if needs[3] else None
-        dB = (u.T @ dv).mul_(ctx.scale).T if needs[4] else None
-        d_score = sensitivity(dv, zeroed, A, B, ctx.scale * ctx.survival) if needs[9] else None
-        return dx, None, None, dA, dB, None, d_offset, None, None, d_score
+        zeroed = zero_dropped(x, dropped) if needs[3] or needs[10] else x
+        dA, dB = _factor_gradients(ctx, zeroed, u, du, dv, A, B)
+        d_score = sensitivity(dv, zeroed, A_span, B_span, ctx.scale * ctx.survival) if needs[10] else None
+        return dx, None, None, dA, dB, None, None, d_offset, None, None, d_score

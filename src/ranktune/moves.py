@@ -1,9 +1,10 @@
-"""How a choice of components is carried out on the adapter and in the optimizer: `Pruning` and `Growth`."""
+"""How a choice of components is carried out on the adapter and in the optimizer: `Pruning`, `Growth` and `Nesting`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ranktune.growing import GrowingUpdate
+from ranktune.lowrank import Span
+from ranktune.nested import Draw, NestedUpdate
 from ranktune.optimizer_state import forget_components, warn_if_unknown
-from ranktune.policy import GrowthPolicy, RankPolicy
+from ranktune.policy import GrowthPolicy, NestedPolicy, RankPolicy
 from ranktune.restart_warmup import RestartWarmup
+from ranktune.standstill import Standstill
 from ranktune.update import LowRankUpdate
 
 
@@ -32,9 +36,16 @@ class Moves(ABC):
     def after_step(self, step: int, final: bool) -> None:
         """Called after every step of the optimizer, before any choice that is made there."""
 
+    def release(self) -> None:  # noqa: B027  (most have nothing to take back)
+        """Called when the controller lets go of the adapter."""
 
-def moves_for(policy: RankPolicy, optimizer: Optimizer, updates: Sequence[LowRankUpdate], total_steps: int) -> Moves:
+
+def moves_for(
+    policy: RankPolicy, optimizer: Optimizer, updates: Sequence[LowRankUpdate], total_steps: int, seed: int
+) -> Moves:
     """How this policy's choices are carried out."""
+    if isinstance(policy, NestedPolicy):
+        return Nesting(policy, optimizer, cast(Sequence[NestedUpdate], updates), seed)
     if isinstance(policy, GrowthPolicy):
         return Growth(policy, optimizer, cast(Sequence[GrowingUpdate], updates), total_steps)
     return Pruning(optimizer, updates)
@@ -107,3 +118,50 @@ class Growth(Moves):
             missing = self.policy.reserve(update.rank_now) - (update.window - update.rank_now)
             if missing > 0:
                 update.stock(missing, step, self.policy.reserve_gate)
+
+
+@dataclass(frozen=True)
+class _Lottery:
+    """From optimizer steps done to what the next one trains, in modules of one capacity."""
+
+    policy: NestedPolicy
+    seed: int
+    capacity: int
+
+    def __call__(self, step: int) -> Span:
+        return self.policy.span(self.policy.draw(self.seed, step), self.capacity)
+
+
+class Nesting(Moves):
+    """Every optimizer step trains a drawn rank, the same in all modules; no component is ever added or dropped.
+
+    What is drawn depends on seed and step alone, so that the processes of a run agree, and a resumed run goes on as it
+    would have. It stays as it is through all micro-batches of a step, and when checkpointing runs forward again.
+    """
+
+    def __init__(self, policy: NestedPolicy, optimizer: Optimizer, updates: Sequence[NestedUpdate], seed: int) -> None:
+        self.updates = updates
+        self._draws: dict[tuple[int, torch.device], Draw] = {}
+        for update in updates:
+            key = (update.capacity, update.lora_A.device)
+            if key not in self._draws:
+                self._draws[key] = Draw(_Lottery(policy, seed, update.capacity), update.lora_A.device)
+            update.follow(self._draws[key])
+        self._still = Standstill(optimizer, updates) if policy.strict else None
+
+    def apply(self, active: Tensor, step: int, final: bool) -> None:
+        pass
+
+    def before_step(self, step: int, final: bool) -> None:  # noqa: ARG002
+        if self._still is not None:
+            self._still.remember()
+
+    def after_step(self, step: int, final: bool) -> None:  # noqa: ARG002
+        if self._still is not None:
+            self._still.put_back()
+        for draw in self._draws.values():
+            draw.at(step + 1)
+
+    def release(self) -> None:
+        for update in self.updates:
+            update.follow(None)

@@ -45,7 +45,7 @@ class _Cached:
 
 
 class NormCache:
-    """The row norms of one update, valid while weight, A, B and scale are what they were.
+    """The row norms of one update, valid while weight, A, B, scale and the number of components are what they were.
 
     A mark is the tensor's storage, its version and the optimizer clock; the storage is held by a weak reference, so
     that its address cannot come back as another tensor's. Writes through ``.data`` outside an optimizer leave all three
@@ -80,7 +80,7 @@ class NormCache:
         constants = self.constants(weight)
         if not _cacheable(weight, *sources):
             return row_norms(weight, constants, A, B, scale, guard=not torch.compiler.is_compiling())
-        marks = (self._weight_mark, scale, *(_mark(source, follows_optimizer=True) for source in sources))
+        marks = (self._weight_mark, scale, len(A), *(_mark(source, follows_optimizer=True) for source in sources))
         if self._cached is None or not self._cached.holds_for(marks, sources):
             copies = tuple(source.detach().clone() for source in sources if source.device.type == "cpu")
             self._cached = _Cached(row_norms(weight, constants, A, B, scale), marks, copies)

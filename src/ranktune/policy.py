@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ranktune.lowrank import Span
 from ranktune.update import LowRankUpdate
 
 
@@ -119,3 +120,50 @@ class GrowthPolicy(RankPolicy):
     @abstractmethod
     def reserve(self, rank: int) -> int:
         """How many components a module of that rank keeps in reserve."""
+
+
+class NestedPolicy(RankPolicy):
+    """A policy that draws a rank for every optimizer step, and moves none.
+
+    What a policy that moves ranks does, this one does not: it measures, decides and penalises nothing.
+
+    Attributes:
+        strict: whether components that a step does not train must not move in it, nor what the optimizer keeps of them.
+    """
+
+    strict: bool
+
+    @abstractmethod
+    def draw(self, seed: int, step: int) -> int:
+        """The rank b of the optimizer step that has ``step`` steps before it: a function of the arguments alone."""
+
+    @abstractmethod
+    def span(self, b: int, capacity: int) -> Span:
+        """What takes part and what is trained at rank b, in a module of so many components."""
+
+    def measures(self, step: int) -> bool:  # noqa: ARG002
+        return False
+
+    def measure(self, updates: Sequence[LowRankUpdate]) -> Tensor:
+        return torch.empty(len(updates), 0)
+
+    def observe(self, state: RankState, measured: Tensor) -> RankState:  # noqa: ARG002
+        return state
+
+    def decide(self, state: RankState) -> Tensor | None:  # noqa: ARG002
+        return None
+
+    def importance(self, state: RankState) -> Tensor:
+        return state.average
+
+    def has_ended(self, step: int, ranks: Sequence[int]) -> bool:  # noqa: ARG002
+        return True
+
+    def penalises(self, step: int) -> bool:  # noqa: ARG002
+        return False
+
+    def penalty(self, updates: Sequence[LowRankUpdate]) -> Tensor:
+        return torch.zeros((), device=updates[0].lora_A.device)
+
+    def penalty_gradients(self, updates: Sequence[LowRankUpdate]) -> list[tuple[Tensor, Tensor]]:  # noqa: ARG002
+        return []

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranktune.errors import ConfigError
-from ranktune.lowrank import low_rank_linear
+from ranktune.lowrank import Span, low_rank_linear
 from ranktune.magnitude import gain_offset, has_small_gain, norm_dtype, row_norms
 from ranktune.norm_cache import NormCache
 from ranktune.sensitivity import SensitivityTap
@@ -195,8 +195,8 @@ class LowRankUpdate(nn.Module):
 
     def forward(self, x: Tensor, base: Base, scale: float) -> Tensor:
         """The adapted layer's output [..., out] for x [..., in], through the fused op."""
-        A, B, scale = self.factors(scale)
-        offset = self._gain_offset(base.weight, A, B, scale) if self.decomposed else None
+        A, B, scale, span = self.factors_now(scale)
+        offset = self._gain_offset(base.weight, A, B, scale, span) if self.decomposed else None
         return low_rank_linear(
             x,
             base.weight,
@@ -209,6 +209,7 @@ class LowRankUpdate(nn.Module):
             drop_base_path=self.drop_base_path,
             small_gain=offset is not None and offset.requires_grad and has_small_gain(offset),
             score=self.score if self.training else None,
+            span=span,
         )
 
     def plain_delta(self, x: Tensor, base_output: Tensor, base: Callable[[], Base], scale: float) -> Tensor:
@@ -220,7 +221,9 @@ class LowRankUpdate(nn.Module):
         dtype = base_output.dtype
         dropout = self.dropout if self.training else 0.0
         dropped = F.dropout(x.to(dtype), dropout)
-        A, B, scale = self.factors(scale)
+        A, B, scale, span = self.factors_now(scale)
+        if span is not None:
+            A, B = span.of(A, B)
         low_rank = F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype)) * scale
         if self.score is not None and self.training:
             low_rank = SensitivityTap.apply(low_rank, dropped, A.to(dtype), B.to(dtype), scale, self.score)
@@ -243,12 +246,16 @@ class LowRankUpdate(nn.Module):
         return delta
 
     def factors(self, scale: float) -> tuple[Tensor, Tensor, float]:
-        """A [k, in], ``B diag(gate)`` [out, k] and the scale, of the components that forward adds.
+        """A [k, in], ``B diag(gate)`` [out, k] and the scale, of the components that forward adds in evaluation.
 
         Args:
             scale: the layer's ``scaling``.
         """
         return self.lora_A, self.lora_B if self.gate is None else self.lora_B * self.gate, scale
+
+    def factors_now(self, scale: float) -> tuple[Tensor, Tensor, float, Span | None]:
+        """The same for the next forward pass, in training too; with a span, A and B are whole and it says the rest."""
+        return (*self.factors(scale), None)
 
     def plain_factors(self, scale: float, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
         """`factors` as a plain LoRA keeps them: without components that add nothing, or that only wait.
@@ -275,8 +282,10 @@ class LowRankUpdate(nn.Module):
         """Indices into `factors`. A component pruned for now may have been moved since: forward then adds it."""
         return (cast(Tensor, self.rank_active) | (self.required_gate() != 0)).nonzero().squeeze(1)
 
-    def _gain_offset(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def _gain_offset(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, span: Span | None = None) -> Tensor:
         """``m / ||W + s B A|| - 1`` [out], for the gated B."""
+        if span is not None:
+            A, B = span.of(A, B)
         if self.detach_norm or not torch.is_grad_enabled():
             sources = [self.lora_A, self.lora_B] if self.gate is None else [self.lora_A, self.lora_B, self.gate]
             norms = self._cache.norms(weight, A, B, scale, sources)

@@ -112,12 +112,13 @@ class RankCallback(TrainerCallback, ExportableState):
         record = self._record_in(state)
         self._shape, self._began = RunShape.of(args, state.max_steps, state.num_train_epochs), state.global_step
         adapter = self.adapter_name or active_adapter(model)
-        if adapter_config(model, adapter).gated:
+        if adapter_config(model, adapter).needs_controller:
             self.controller = RankController(
                 model,
                 optimizer,
                 state.max_steps,
                 adapter_name=adapter,
+                seed=args.seed,
                 penalty_in_loss=self.penalty_in_loss,
                 restart=self._restart(record, state),
             )
