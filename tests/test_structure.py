@@ -43,7 +43,7 @@ FLOORS = [
         "plain_lora",
         "rank_setting",
     },
-    {"export", "integrations", "recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
+    {"baselines", "export", "integrations", "recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
 ]
 # What pure maths may import besides the standard library.
 FLOOR_0_LIBRARIES = {"torch", "ranktune"}

@@ -218,14 +218,14 @@ def config_from_fields(fields: Mapping[str, Any]) -> RankConfig:
     return config_class(**{name: value for name, value in fields.items() if name in known})
 
 
-def require_count(config: RankConfig, name: str, at_least: int) -> None:
+def require_count(config: object, name: str, at_least: int) -> None:
     """Refuse a field that is not a whole number of at least ``at_least``."""
     value = getattr(config, name)
     if not is_count(value) or value < at_least:
         raise ConfigError(f"{name}={value!r} must be a whole number, at least {at_least}.")
 
 
-def require_share(config: RankConfig, name: str) -> None:
+def require_share(config: object, name: str) -> None:
     """Refuse a field that is not a number in [0, 1)."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:

@@ -11,8 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ranktune.config import RankConfig
-
 _OTHER_KINDS = (nn.Linear, Conv1D, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
@@ -41,9 +39,10 @@ class LeftOutWarning(UserWarning):
     """Weights that `all-linear` suggests but does not reach."""
 
 
-def is_all_linear(config: RankConfig) -> bool:
+def is_all_linear(config: object) -> bool:
     """Whether the configuration asks for every linear layer in PEFT's own word, in any case."""
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    targets = getattr(config, "target_modules", None)
+    return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
 def left_out(model: nn.Module) -> list[LeftOut]:

@@ -12,6 +12,7 @@ from peft import PeftMixedModel, PeftModel
 from transformers import Trainer
 
 import ranktune
+from ranktune.baselines import Baseline, reading
 from ranktune.controller import history_records
 from ranktune.integrations.trainer import RankCallback, RankEarlyStoppingCallback
 from ranktune.recipe import Recipe, recipe_text
@@ -76,10 +77,11 @@ def _run(prepared: Prepared, examples: Examples, directory: RunDirectory, displa
     recipe, task = prepared.recipe, prepared.task
     memory = PeakMemory()
     model = adapted(pretrained(prepared.source, task, recipe), prepared.config, recipe.train.seed)
+    training_params = reading.trainable_parameters(model)
     directory.start()
     atomic.write_text(directory.recipe, recipe_text(recipe))
     with EventLog(directory.log) as log:
-        ranks = RankCallback()
+        ranks = prepared.config.callback() if isinstance(prepared.config, Baseline) else RankCallback()
         events = EventCallback(log, ranks)
         callbacks = [ranks, events, DisplayCallback(display, task.metric)]
         if (patience := recipe.train.early_stopping_patience) is not None:
@@ -112,7 +114,7 @@ def _run(prepared: Prepared, examples: Examples, directory: RunDirectory, displa
         after = scores_only(trainer.evaluate()) if compacted else _final_scores(trainer, events)
         log.write("end", step=trainer.state.global_step, seconds=seconds)
     atomic.write_folder(directory.adapter, lambda folder: model.save_pretrained(str(folder)))
-    atomic.write_json(directory.ranks, {"final": ranktune.ranks(model), **movement})
+    atomic.write_json(directory.ranks, {"final": reading.ranks(model), **movement})
     draw_run(directory)
     metrics = {
         "method": recipe.method["name"],
@@ -121,6 +123,7 @@ def _run(prepared: Prepared, examples: Examples, directory: RunDirectory, displa
         "before": before[task.metric],
         "after": after[task.metric],
         **_sizes(model),
+        "training_params": training_params,
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "samples_per_second": _examples_seen(trainer) / seconds,
@@ -151,9 +154,8 @@ def _final_scores(trainer: Trainer, events: EventCallback) -> dict[str, float]:
 
 def _movement(ranks: RankCallback) -> dict[str, Any]:
     """What `ranks.json` tells about ranks that moved: every change, and the components' importance at the end."""
-    if ranks.controller is None:
-        return {"history": []}
-    return {"history": history_records(ranks.history), "importance": ranks.controller.importance()}
+    importance = {} if ranks.controller is None else {"importance": ranks.controller.importance()}
+    return {"history": history_records(ranks.history), **importance}
 
 
 def _compact(model: PeftModel | PeftMixedModel) -> bool:
@@ -170,10 +172,9 @@ def _examples_seen(trainer: Trainer) -> int:
 
 def _sizes(model: PeftModel | PeftMixedModel) -> dict[str, int]:
     """Parameter counts and the total rank. `total_params` is the model with its adapter."""
-    parameters = list(model.parameters())
     return {
-        "trainable_params": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "active_params": ranktune.active_parameters(model),
-        "total_params": sum(parameter.numel() for parameter in parameters),
-        "total_rank": ranktune.total_rank(model),
+        "trainable_params": reading.final_parameters(model),
+        "active_params": reading.active_parameters(model),
+        "total_params": sum(parameter.numel() for parameter in model.parameters()),
+        "total_rank": sum(reading.ranks(model).values()),
     }

@@ -10,6 +10,7 @@ from ranktune.errors import ConfigError, RecipeError, did_you_mean
 from ranktune.recipe.schema import TrainRecipe
 
 if TYPE_CHECKING:
+    from ranktune.baselines import Baseline
     from ranktune.config import RankConfig
 
 # What PEFT and the run fill in by themselves.
@@ -96,26 +97,27 @@ def complete_method(method: dict[str, Any], file: str) -> dict[str, Any]:
         "name": method["name"],
         **{name: method.get(name, _default(field)) for name, field in fields.items()},
     }
-    if complete.get("target_modules") is None:
+    if "target_modules" in complete and complete["target_modules"] is None:
         complete["target_modules"] = "all-linear"
     method_config(complete, file)
     return complete
 
 
-def method_class(method: dict[str, Any], file: str) -> type[RankConfig]:
-    """The configuration class that the recipe's `method.name` means."""
+def method_class(method: dict[str, Any], file: str) -> type[RankConfig] | type[Baseline]:
+    """The class of the fields of what the recipe's `method.name` means."""
     import ranktune.methods  # noqa: F401  (importing the methods registers them)
+    from ranktune.baselines import BASELINES
     from ranktune.config import METHODS
 
-    name = method.get("name")
-    if not isinstance(name, str) or name not in METHODS:
+    name, known = method.get("name"), {**METHODS, **BASELINES}
+    if not isinstance(name, str) or name not in known:
         missing = "'method.name' is missing." if name is None else f"unknown method {name!r} in 'method.name'."
-        near = did_you_mean(name, METHODS) if isinstance(name, str) else ""
-        raise RecipeError(f"{file}: {missing}{near} Methods: {', '.join(METHODS)}.")
-    return METHODS[name]
+        near = did_you_mean(name, known) if isinstance(name, str) else ""
+        raise RecipeError(f"{file}: {missing}{near} Methods: {', '.join(known)}.")
+    return known[name]
 
 
-def method_config(method: dict[str, Any], file: str, task_type: str | None = None) -> RankConfig:
+def method_config(method: dict[str, Any], file: str, task_type: str | None = None) -> RankConfig | Baseline:
     """Build the method's configuration from a complete `method` section.
 
     Raises:

@@ -23,31 +23,28 @@ def draw_run(directory: RunDirectory) -> list[Path]:
     start = next((event for event in events if event["event"] == "start"), {})
     run = f"{start.get('method', 'run')} on {Path(start.get('model', 'model')).name}"
     metric, final = start.get("metric", "loss"), ranks["final"]
-    drawn: dict[Path, Figure] = dict(
-        zip(
-            directory.pictures,
-            (
-                loss_figure(events, f"Loss: {run}"),
-                metric_figure(
-                    events, metric, f"{metric.replace('_', ' ').capitalize()} on the evaluation split: {run}"
-                ),
-                rank_map_figure(final, f"Rank of each module: {run}, total {sum(final.values()):,}"),
-            ),
-            strict=True,
-        )
-    )
+    loss, score, rank_map = directory.pictures
+    drawn: dict[Path, Figure] = {
+        loss: loss_figure(events, f"Loss: {run}"),
+        score: metric_figure(events, metric, f"{metric.replace('_', ' ').capitalize()} on the evaluation split: {run}"),
+    }
+    if final:  # a model trained in full has no ranks
+        drawn[rank_map] = rank_map_figure(final, f"Rank of each module: {run}, total {sum(final.values()):,}")
     if ranks["history"]:
-        drawn |= zip(directory.movement_pictures, _movement(events, ranks, run), strict=True)
+        drawn |= _movement(directory, events, ranks, run)
     for path, figure in drawn.items():
         save(figure, path)
     return list(drawn)
 
 
-def _movement(events: list[Event], ranks: dict, run: str) -> tuple[Figure, Figure, Figure]:
+def _movement(directory: RunDirectory, events: list[Event], ranks: dict, run: str) -> dict[Path, Figure]:
     last_step = max(event.get("step", 0) for event in events)
     history = rank_history(ranks["final"], ranks["history"], last_step)
-    return (
-        budget_figure(history, events, f"Total rank: {run}"),
-        rank_history_figure(history, f"Rank of each module over time: {run}"),
-        importance_figure(ranks["importance"], f"Importance: {run}"),
-    )
+    budget, over_time, importance = directory.movement_pictures
+    drawn = {
+        budget: budget_figure(history, events, f"Total rank: {run}"),
+        over_time: rank_history_figure(history, f"Rank of each module over time: {run}"),
+    }
+    if "importance" in ranks:
+        drawn[importance] = importance_figure(ranks["importance"], f"Importance: {run}")
+    return drawn

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import ranktune
+from ranktune.baselines.reading import ranks as ranks_of
 from ranktune.run.events import scores_only
 
 
@@ -205,7 +205,7 @@ class DisplayCallback(TrainerCallback):
     ) -> None:
         """Learn the loss, and look at the ranks."""
         if logs and "loss" in logs:
-            self._pace.loss, self._pace.rank = logs["loss"], sum(ranktune.ranks(model).values())
+            self._pace.loss, self._pace.rank = logs["loss"], sum(ranks_of(model).values())
 
     def on_prediction_step(
         self,

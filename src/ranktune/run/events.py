@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import ranktune
+from ranktune.baselines.reading import ranks as ranks_of
 from ranktune.controller import history_records
 from ranktune.integrations.trainer import RankCallback
 from ranktune.run.atomic import finite
@@ -68,7 +68,7 @@ class EventCallback(TrainerCallback):
             return  # scores come through on_evaluate, and the totals at the end through metrics.json
         names = ("loss", "learning_rate", "grad_norm", "epoch", "rank_budget")
         values = {name: logs[name] for name in names if name in logs}
-        self.log.write("step", step=state.global_step, **values, total_rank=sum(ranktune.ranks(model).values()))
+        self.log.write("step", step=state.global_step, **values, total_rank=sum(ranks_of(model).values()))
 
     def on_evaluate(
         self,

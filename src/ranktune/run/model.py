@@ -16,6 +16,8 @@ from transformers import (
     set_seed,
 )
 
+from ranktune.baselines import Baseline
+from ranktune.baselines.penalty import penalise_training_only
 from ranktune.config import RankConfig
 from ranktune.errors import RecipeError
 
@@ -64,15 +66,21 @@ def pretrained(source: ModelSource, task: Task, recipe: Recipe) -> PreTrainedMod
     return model
 
 
-def adapted(base: PreTrainedModel, config: RankConfig, seed: int) -> PeftModel | PeftMixedModel:
+def adapted(base: PreTrainedModel, config: RankConfig | Baseline, seed: int) -> PeftModel | PeftMixedModel:
     """The base model with a fresh adapter on it, seeded by itself so that it does not depend on the base's head."""
     set_seed(seed)
-    return peft.get_peft_model(base, config)
+    return config.put_on(base) if isinstance(config, Baseline) else peft.get_peft_model(base, config)
 
 
-def restored(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The base model with a saved adapter on it, ready to be evaluated."""
-    return peft.PeftModel.from_pretrained(base, str(adapter))
+def restored(base: PreTrainedModel, adapter: Path) -> PeftModel | PreTrainedModel:
+    """The base model with a saved adapter on it, or the model that was saved whole, ready to be evaluated."""
+    if not (adapter / peft.utils.CONFIG_NAME).exists():
+        return type(base).from_pretrained(adapter, dtype=base.dtype)
+    # Stock AdaLoRA's forward, which adds its penalty to the loss, works in the trainable state only.
+    trainable = peft.PeftConfig.from_pretrained(str(adapter)).peft_type == peft.PeftType.ADALORA
+    model = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+    penalise_training_only(model)
+    return model
 
 
 def _modules_trained_in_full(recipe: Recipe, task: Task) -> list[str]:

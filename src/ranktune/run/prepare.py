@@ -9,8 +9,10 @@ from typing import Any
 import datasets
 from transformers import TrainingArguments
 
+from ranktune.baselines import Baseline, Full
+from ranktune.baselines.plan import baseline_plan
 from ranktune.config import RankConfig
-from ranktune.errors import ConfigError
+from ranktune.errors import ConfigError, RecipeError
 from ranktune.recipe import Recipe
 from ranktune.recipe.choices import method_config
 from ranktune.run.arguments import training_arguments
@@ -29,7 +31,7 @@ class Prepared:
     source: ModelSource
     data: Data
     task: Task
-    config: RankConfig
+    config: RankConfig | Baseline
     arguments: TrainingArguments
     plan: Plan
 
@@ -61,7 +63,9 @@ def prepare(recipe: Recipe, file: str | Path) -> Prepared:
     config = method_config(_with_new_head(recipe.method, task), str(file), task_type=task.peft_task_type)
     model = skeleton(source, task, data)
     check_targets(config, model)
-    return Prepared(recipe, source, data, task, config, arguments, plan(config, model))
+    _refuse_half_precision_in_full(config, recipe)
+    planned = baseline_plan(config, model) if isinstance(config, Baseline) else plan(config, model)
+    return Prepared(recipe, source, data, task, config, arguments, planned)
 
 
 def prepare_examples(prepared: Prepared) -> Examples:
@@ -86,6 +90,14 @@ def prepare_examples(prepared: Prepared) -> Examples:
 
 def _with_new_head(method: dict[str, Any], task: Task) -> dict[str, Any]:
     """The task's own new modules are trained and saved with the adapter."""
-    if not task.head_modules:
+    if not task.head_modules or "modules_to_save" not in method:
         return method
     return {**method, "modules_to_save": [*(method.get("modules_to_save") or []), *task.head_modules]}
+
+
+def _refuse_half_precision_in_full(config: RankConfig | Baseline, recipe: Recipe) -> None:
+    if isinstance(config, Full) and recipe.train.base_dtype != "fp32":
+        raise RecipeError(
+            f"train.base_dtype is '{recipe.train.base_dtype}', which is for weights that stay frozen; method 'full' "
+            "trains them, and its small steps would be lost. Leave base_dtype out; 'precision' may stay."
+        )

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import datasets
 import transformers
+from peft.utils.warning import PeftWarning
 from transformers import DataCollator, PrinterCallback, Trainer, TrainerCallback
 
 from ranktune.left_out import LeftOutWarning
@@ -31,7 +32,7 @@ def build_trainer(
     trainer = trainer_class(task.trainer_class)(
         model=model,
         args=prepared.arguments,
-        data_collator=cast(DataCollator, task.collator(tokenizer, model.get_base_model())),
+        data_collator=cast(DataCollator, task.collator(tokenizer, _base_of(model))),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
@@ -41,6 +42,10 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
@@ -55,6 +60,10 @@ def libraries_quiet() -> Iterator[None]:
             # PEFT asks a model for its old name of this property; nothing a user could change.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             warnings.simplefilter("ignore", LeftOutWarning)  # said in the run's own output
+            # PEFT takes a module that AdaLoRA pruned to rank 0 for a sharded file.
+            warnings.filterwarnings("ignore", r"Adapter .* tensor\(s\) have invalid shape", PeftWarning)
+            # And the masks in its configuration for names of modules.
+            warnings.filterwarnings("ignore", r"The following rank_pattern keys .*\.lora_E'", RuntimeWarning)
             yield
     finally:
         log.set_verbosity(level)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ranktune.adapters import updates
 from ranktune.attachment import layout_of
+from ranktune.baselines import Baseline
 from ranktune.config import RankConfig
 from ranktune.errors import RecipeError, did_you_mean
 from ranktune.left_out import explain, is_all_linear, left_out
@@ -64,7 +65,7 @@ def adaptable_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
-def check_targets(config: RankConfig, model: nn.Module) -> None:
+def check_targets(config: RankConfig | Baseline, model: nn.Module) -> None:
     """Refuse names in the method's section that match no module of the model; every list entry must match.
 
     Raises:
@@ -72,12 +73,13 @@ def check_targets(config: RankConfig, model: nn.Module) -> None:
     """
     linear = adaptable_modules(model)
     everything = [name for name, _ in model.named_modules() if name]
+    # A baseline has only some of the fields.
     if not is_all_linear(config):
-        _check_names("target_modules", config.target_modules, linear, everything)
-    _check_names("exclude_modules", config.exclude_modules, everything, everything)
-    _check_names("modules_to_save", config.modules_to_save, everything, everything)
-    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns or {}:
+        _check_names("target_modules", getattr(config, "target_modules", None), linear, everything)
+    for field in ("exclude_modules", "modules_to_save"):
+        _check_names(field, getattr(config, field, None), everything, everything)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, None) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in linear):
                 raise RecipeError(_no_match(field, pattern, linear, everything))
 
