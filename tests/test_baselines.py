@@ -203,7 +203,7 @@ def test_adaloras_penalty_is_in_training_losses_only() -> None:
         return model(**batch).loss.item()
 
     plain = loss(base.eval())
-    model = PeftAdaLora(r=2, target_modules=["query"], orth_reg_weight=0.25).put_on(base)
+    model = PeftAdaLora(r=2, target_modules=["query"], orth_reg_weight=0.25, task_type="SEQ_CLS").put_on(base)
     layer = base.bert.encoder.layer[0].attention.self.query
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     distances = [torch.dist(gram, torch.eye(3)) for gram in (A @ A.T, B.T @ B)]
