@@ -43,7 +43,20 @@ FLOORS = [
         "plain_lora",
         "rank_setting",
     },
-    {"baselines", "export", "integrations", "recipe", "tasks", "run", "report", "training", "evaluation", "cli"},
+    {
+        "baselines",
+        "export",
+        "integrations",
+        "recipe",
+        "tasks",
+        "run",
+        "report",
+        "training",
+        "evaluation",
+        "rank_curve",
+        "truncation",
+        "cli",
+    },
 ]
 # What pure maths may import besides the standard library.
 FLOOR_0_LIBRARIES = {"torch", "ranktune"}

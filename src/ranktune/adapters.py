@@ -53,7 +53,7 @@ def total_rank(model: nn.Module, adapter_name: str | None = None) -> int:
 
 def active_parameters(model: nn.Module, adapter_name: str | None = None) -> int:
     """How many numbers the adapter itself has in use, without heads and other fully trained modules."""
-    return sum(parameter.numel() for _, update in updates(model, adapter_name) for parameter in update.parameters())
+    return sum(update.parameters_in_use for _, update in updates(model, adapter_name))
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:

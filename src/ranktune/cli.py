@@ -1,4 +1,7 @@
-"""The command line: `ranktune train`, `evaluate`, `plot`. Typer is its only heavy import until a command runs."""
+"""The command line: `ranktune train`, `evaluate`, `truncate`, `plot`.
+
+Typer is its only heavy import until a command runs.
+"""
 
 from __future__ import annotations
 
@@ -169,6 +172,12 @@ def train(
 def evaluate(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A run's output directory.", show_default=False)],
     split: Annotated[SplitName, typer.Option(help="Which examples to score on.")] = SplitName.evaluation,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a nested adapter (dylora): the ranks to score it at, 'all' or such as 1,2,4.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the scores as JSON.", rich_help_panel="Output")
     ] = False,
@@ -178,11 +187,14 @@ def evaluate(
     """Score a finished run again, from its recipe, its adapter and the base model.
 
     On the same machine and data this gives exactly the score that training
-    ended with. Changed data is noticed, and said.
+    ended with. Changed data is noticed, and said. With --ranks the scores at
+    each rank are also written to rank_curve.csv and rank_curve.png in OUT.
 
     [bold]Examples[/bold]
 
         ranktune evaluate runs/first
+
+        ranktune evaluate runs/nested --ranks all
 
         ranktune evaluate runs/first --split train --json
     """
@@ -194,19 +206,53 @@ def evaluate(
     from ranktune.run.display import showing
 
     console = _console()
+    if ranks is not None:
+        _score_ranks(console, output, ranks, split, as_json, quiet)
+        return
     with showing(console, quiet or as_json) as display:
         result = evaluate_run(output, display, split.value)
-    if not result.same_data:
-        typer.echo(
-            "warning: the data is not the data this run was trained and scored on (its fingerprint changed), "
-            "so the scores are not comparable with the run's own.",
-            err=True,
-        )
+    _warn_unless_same_data(result.same_data)
     if as_json:
         shown = {"metric": result.metric, "value": result.value, "scores": result.scores, "recorded": result.recorded}
         typer.echo(json.dumps(shown))
     elif not quiet:
         console.print(scores_table(result))
+
+
+def _score_ranks(console: Console, output: Path, ranks: str, split: SplitName, as_json: bool, quiet: bool) -> None:
+    """Show the scores at each rank, and leave them as CSV and as a picture beside the run."""
+    import json
+    from dataclasses import asdict
+
+    from ranktune.rank_curve import rank_curve, save_curve
+    from ranktune.report.rank_curve import rank_curve_figure, rank_curve_table
+    from ranktune.report.style import save
+    from ranktune.run.directory import RunDirectory
+    from ranktune.run.display import showing
+
+    with showing(console, quiet or as_json) as display:
+        curve = rank_curve(output, display, ranks, split.value)
+    _warn_unless_same_data(curve.same_data)
+    directory = RunDirectory(output)
+    kept = split is SplitName.evaluation
+    if kept:
+        save_curve(curve, directory.rank_curve)
+        save(rank_curve_figure(curve, "Quality at each rank, on the evaluation split"), directory.rank_curve_picture)
+    if as_json:
+        typer.echo(json.dumps({"metric": curve.metric, "points": [asdict(point) for point in curve.points]}))
+    elif not quiet:
+        console.print(rank_curve_table(curve))
+        if kept:
+            typer.echo(f"Written: {directory.rank_curve}, {directory.rank_curve_picture}")
+
+
+def _warn_unless_same_data(same: bool) -> None:
+    if not same:
+        typer.echo(
+            "warning: the data is not the data this run was trained and scored on (its fingerprint changed), "
+            "so the scores are not comparable with the run's own.",
+            err=True,
+        )
 
 
 @app.command()
@@ -228,6 +274,49 @@ def plot(
     for path in draw_run(RunDirectory(output)):
         if not quiet:
             typer.echo(str(path))
+
+
+@app.command()
+@_refusals_are_messages
+def truncate(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A run's output directory.", show_default=False)],
+    rank: Annotated[int | None, typer.Option(help="The rank to cut at.", show_default=False)] = None,
+    within: Annotated[
+        str | None,
+        typer.Option(
+            help="Cut at the smallest rank within so much of the best score on the evaluation data, such as 1%.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder to make. Default: OUT-rankB.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+) -> None:
+    """Cut a nested adapter (dylora) at a rank, and write it as a plain LoRA that needs no ranktune.
+
+    [bold]Examples[/bold]
+
+        ranktune truncate runs/nested --rank 4
+
+        ranktune truncate runs/nested --within 1% --out adapters/small
+    """
+    _share_the_cores()
+    from ranktune.report.rank_curve import rank_curve_table, truncated_lines
+    from ranktune.run.display import showing
+    from ranktune.truncation import truncate as truncate_run
+
+    console = _console()
+    with showing(console, quiet) as display:
+        result = truncate_run(output, display, rank=rank, within=within, out=out)
+    if quiet:
+        return
+    if result.curve is not None:
+        _warn_unless_same_data(result.curve.same_data)
+        console.print(rank_curve_table(result.curve))
+    for line in truncated_lines(result):
+        typer.echo(line)
 
 
 def main() -> None:

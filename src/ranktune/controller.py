@@ -212,6 +212,10 @@ class RankController:
         """What the active components may cost at this step, in ranks or in parameters."""
         return self.policy.budget(self.step - self._began)
 
+    def drawn(self) -> dict[int, int]:
+        """Rank to the number of optimizer steps that trained it, for a method that draws ranks; else empty."""
+        return self._moves.drawn(self.step)
+
     def penalty(self) -> Tensor:
         """The method's regulariser as a scalar, for a loss of one's own (with ``penalty_in_loss=True``)."""
         if not self.policy.penalises(self.step - self._began):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
+from transformers import Trainer
 
 from ranktune.recipe import load_recipe
 from ranktune.run.directory import RunDirectory
@@ -14,6 +19,7 @@ from ranktune.run.events import scores_only
 from ranktune.run.model import pretrained, restored
 from ranktune.run.prepare import prepare
 from ranktune.run.session import build_trainer, libraries_quiet
+from ranktune.tasks import Task
 
 Split = Literal["evaluation", "train"]
 
@@ -46,8 +52,31 @@ class Evaluation:
         return self.scores[self.metric]
 
 
-def evaluate(output: Path, display: Display, split: Split = "evaluation") -> Evaluation:
-    """Score the run in `output` on one of its splits, from its recipe, its adapter and the base model.
+@dataclass(frozen=True)
+class Scorer:
+    """A finished run, rebuilt.
+
+    Attributes:
+        model: as the run left it. task: what the run was trained for.
+        recorded: its `metrics.json`. same_data: see `Evaluation`.
+        split: what the model is scored on. trainer: scores it.
+    """
+
+    model: nn.Module
+    task: Task
+    recorded: dict[str, Any]
+    same_data: bool
+    split: Split
+    trainer: Trainer
+
+    def scores(self) -> dict[str, float]:
+        """Every score of the model as it is now."""
+        return scores_only(self.trainer.evaluate())
+
+
+@contextmanager
+def rebuilt(output: Path, display: Display, split: Split = "evaluation") -> Iterator[Scorer]:
+    """Rebuild the run in `output` from its recipe, its adapter and the base model, to score it on one of its splits.
 
     Raises:
         RecipeError: there is no finished run, or its recipe no longer works here.
@@ -61,18 +90,36 @@ def evaluate(output: Path, display: Display, split: Split = "evaluation") -> Eva
         prepared = prepare(recipe.model_copy(update={"output": scratch}), directory.recipe)
         tokenizer = prepared.task.load_tokenizer(prepared.source.path, prepared.source.revision)
         examples = prepared.data.evaluation if split == "evaluation" else prepared.data.train
+        model = restored(pretrained(prepared.source, prepared.task, recipe), directory.adapter)
         trainer = build_trainer(
             prepared,
-            restored(pretrained(prepared.source, prepared.task, recipe), directory.adapter),
+            model,
             tokenizer,
             train=None,
             evaluation=prepared.task.tokenize(examples, tokenizer),
             callbacks=[DisplayCallback(display, metric=None)],
         )
-        scores = scores_only(trainer.evaluate())
-    return Evaluation(
-        metric=prepared.task.metric,
-        scores=scores,
-        recorded=recorded["scores"]["after"] if split == "evaluation" else None,
-        same_data=recorded["data"]["fingerprint"] == prepared.data.fingerprint,
-    )
+        yield Scorer(
+            model=model,
+            task=prepared.task,
+            recorded=recorded,
+            same_data=recorded["data"]["fingerprint"] == prepared.data.fingerprint,
+            split=split,
+            trainer=trainer,
+        )
+
+
+def evaluate(output: Path, display: Display, split: Split = "evaluation") -> Evaluation:
+    """Score the run in `output` on one of its splits, from its recipe, its adapter and the base model.
+
+    Raises:
+        RecipeError: there is no finished run, or its recipe no longer works here.
+        DataError: its data is gone.
+    """
+    with rebuilt(output, display, split) as scorer:
+        return Evaluation(
+            metric=scorer.task.metric,
+            scores=scorer.scores(),
+            recorded=scorer.recorded["scores"]["after"] if split == "evaluation" else None,
+            same_data=scorer.same_data,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -38,6 +39,10 @@ class Moves(ABC):
 
     def release(self) -> None:  # noqa: B027  (most have nothing to take back)
         """Called when the controller lets go of the adapter."""
+
+    def drawn(self, steps: int) -> dict[int, int]:  # noqa: ARG002
+        """How often each rank was drawn in so many steps, ranks ascending; empty where nothing is drawn."""
+        return {}
 
 
 def moves_for(
@@ -140,7 +145,9 @@ class Nesting(Moves):
     """
 
     def __init__(self, policy: NestedPolicy, optimizer: Optimizer, updates: Sequence[NestedUpdate], seed: int) -> None:
+        self.policy = policy
         self.updates = updates
+        self.seed = seed
         self._draws: dict[tuple[int, torch.device], Draw] = {}
         for update in updates:
             key = (update.capacity, update.lora_A.device)
@@ -165,3 +172,6 @@ class Nesting(Moves):
     def release(self) -> None:
         for update in self.updates:
             update.follow(None)
+
+    def drawn(self, steps: int) -> dict[int, int]:
+        return dict(sorted(Counter(self.policy.draw(self.seed, step) for step in range(steps)).items()))

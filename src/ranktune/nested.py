@@ -75,6 +75,12 @@ class NestedUpdate(LowRankUpdate):
         """The number of components in use where nothing is drawn, known without storage too."""
         return self._rank
 
+    @property
+    def parameters_in_use(self) -> int:
+        """See `LowRankUpdate.parameters_in_use`."""
+        unused = self.capacity - self._rank
+        return super().parameters_in_use - unused * (self.lora_A.shape[1] + self.lora_B.shape[0])
+
     def set_rank(self, b: int) -> None:
         """Use the first b components from now on, 1 <= b <= R; training with a controller goes on drawing its own."""
         self.rank_active[:b] = True

@@ -153,9 +153,15 @@ def _final_scores(trainer: Trainer, events: EventCallback) -> dict[str, float]:
 
 
 def _movement(ranks: RankCallback) -> dict[str, Any]:
-    """What `ranks.json` tells about ranks that moved: every change, and the components' importance at the end."""
-    importance = {} if ranks.controller is None else {"importance": ranks.controller.importance()}
-    return {"history": history_records(ranks.history), **importance}
+    """What `ranks.json` tells about ranks that moved: every change, and the components' importance at the end.
+
+    For ranks that were drawn: how many steps trained each.
+    """
+    if ranks.controller is None:
+        return {"history": history_records(ranks.history)}
+    if drawn := ranks.controller.drawn():
+        return {"history": [], "drawn": drawn}
+    return {"history": history_records(ranks.history), "importance": ranks.controller.importance()}
 
 
 def _compact(model: PeftModel | PeftMixedModel) -> bool:

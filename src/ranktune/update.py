@@ -141,6 +141,11 @@ class LowRankUpdate(nn.Module):
         """How many leading components have vectors that are trained."""
         return self.capacity
 
+    @property
+    def parameters_in_use(self) -> int:
+        """How many numbers the update has, without those of a nested one that are beyond the rank that was set."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def required_gate(self) -> nn.Parameter:
         """The gate of an update that has one."""
         if self.gate is None:

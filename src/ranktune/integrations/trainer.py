@@ -194,9 +194,11 @@ class RankCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Add the total rank and the budget to what the trainer logs about a training step."""
+        """Add the total rank, and the budget where there is one, to what the trainer logs about a training step."""
         if self.controller is not None and logs is not None and "loss" in logs:
-            added = {"total_rank": self.controller.total_rank(), "rank_budget": self.controller.budget()}
+            added = {"total_rank": self.controller.total_rank()}
+            if self.controller.scheduled:
+                added["rank_budget"] = self.controller.budget()
             logs.update(added)
             if state.log_history:
                 state.log_history[-1].update(added)

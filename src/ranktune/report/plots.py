@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ranktune.report.curves import Event, loss_figure, metric_figure
+from ranktune.report.rank_curve import drawn_figure
 from ranktune.report.rank_history import budget_figure, importance_figure, rank_history, rank_history_figure
 from ranktune.report.rank_map import rank_map_figure
 from ranktune.report.style import save
@@ -32,6 +33,9 @@ def draw_run(directory: RunDirectory) -> list[Path]:
         drawn[rank_map] = rank_map_figure(final, f"Rank of each module: {run}, total {sum(final.values()):,}")
     if ranks["history"]:
         drawn |= _movement(directory, events, ranks, run)
+    if ranks.get("drawn"):
+        counts = {int(rank): steps for rank, steps in ranks["drawn"].items()}
+        drawn[directory.drawn_picture] = drawn_figure(counts, f"Steps that trained each rank: {run}")
     for path, figure in drawn.items():
         save(figure, path)
     return list(drawn)

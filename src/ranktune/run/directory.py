@@ -52,10 +52,23 @@ class RunDirectory:
         """The further pictures of a run whose ranks moved."""
         return tuple(self.path / name for name in ("budget.png", "rank_history.png", "importance.png"))
 
+    @property
+    def drawn_picture(self) -> Path:
+        """The further picture of a run that drew its ranks."""
+        return self.path / "ranks_drawn.png"
+
+    @property
+    def rank_curve(self) -> Path:
+        return self.path / "rank_curve.csv"
+
+    @property
+    def rank_curve_picture(self) -> Path:
+        return self.path / "rank_curve.png"
+
     def contents(self) -> list[Path]:
         """What a run has left here, finished or not; `metrics.json` first, so that removal begins with it."""
         names = (self.metrics, self.adapter, self.ranks, self.log, self.recipe, self.checkpoints, *self.pictures)
-        names = (*names, *self.movement_pictures)
+        names = (*names, *self.movement_pictures, self.drawn_picture, self.rank_curve, self.rank_curve_picture)
         return [name for name in names if name.exists()]
 
     def refuse_unless_writable(self, overwrite: bool) -> None:
