@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from rich.table import Table
 
 from ranktune.report.style import BLUE, GREEN, GREY, dress, new_figure
@@ -58,6 +58,7 @@ def drawn_figure(steps: Mapping[int, int], title: str) -> Figure:
     axes.bar(ranks, list(steps.values()), color=BLUE)
     every = -(-len(steps) // _LABELLED_RANKS)
     axes.set_xticks(ranks[::every], [str(rank) for rank in steps][::every])
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     dress(axes, title, "rank", "optimizer steps")
     return figure
 
