@@ -52,7 +52,7 @@ def in_stock_peft(folder, kind="Linear", dtype=torch.float32, base=None):
 @pytest.mark.parametrize("profile", ["uniform", "compact"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.mergeable], ids=str)
 def test_stock_peft_computes_the_same(tmp_path, row, dtype, kind, profile):
     model = adapted(row, kind, dtype)
     ranktune.export_lora(model, tmp_path / "plain", profile=profile)
@@ -87,6 +87,26 @@ def test_profiles(tmp_path, row):
 
 def tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.mergeable], ids=str)
+@pytest.mark.parametrize("svd_rank", [None, 2])
+def test_what_depends_on_its_input_is_refused(tmp_path, row, svd_rank):
+    with pytest.raises(ConfigError, match="depends on the input"):
+        ranktune.export_lora(adapted(row), tmp_path / "plain", svd_rank=svd_rank)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.config_class is ranktune.DyLoraConfig], ids=str)
+def test_a_nested_adapter_is_cut_at_any_rank(tmp_path, row):
+    """In stock PEFT it computes what the adapter does at that rank, whatever rank is set."""
+    model = adapted(row)
+    for b in (1, 3, 4):
+        ranktune.set_rank(model, 2)
+        exported = ranktune.export_lora(model, tmp_path / str(b), rank=b)
+        assert set(exported.ranks.values()) == {b} == {config_of(tmp_path / str(b))["r"]}
+        ranktune.set_rank(model, b)
+        torch.testing.assert_close(in_stock_peft(tmp_path / str(b))(inputs()), model(inputs()), rtol=2e-5, atol=2e-5)
 
 
 def test_modules_without_components_are_dropped_unless_their_magnitude_counts(tmp_path):

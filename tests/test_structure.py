@@ -27,6 +27,7 @@ FLOORS = [
     {"config", "norm_cache", "update", "growing", "nested", "policy", "balance", "gate_usage", "routed"},
     {"methods"},
     {
+        "adapter_file",
         "peft_compat",
         "left_out",
         "tuner",
@@ -46,6 +47,9 @@ FLOORS = [
     {
         "baselines",
         "export",
+        "exporting",
+        "merging",
+        "verification",
         "integrations",
         "recipe",
         "tasks",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ranktune.compaction import compact
     from ranktune.config import RankConfig
     from ranktune.controller import RankController
-    from ranktune.errors import ConfigError, DataError, ExportError, RanktuneError, RecipeError
+    from ranktune.errors import AdapterFileError, ConfigError, DataError, ExportError, RanktuneError, RecipeError
     from ranktune.export import export_lora
     from ranktune.gradients import ControllerError
     from ranktune.integrations.trainer import RankCallback
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdapterFileError": "ranktune.errors",
     "ConfigError": "ranktune.errors",
     "ControllerError": "ranktune.gradients",
     "DataError": "ranktune.errors",
@@ -52,6 +53,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterFileError",
     "ConfigError",
     "ControllerError",
     "DataError",

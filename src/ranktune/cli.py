@@ -36,6 +36,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a re
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel="Output")]
 
 
+class ProfileName(str, Enum):
+    """How an exported file is laid out."""
+
+    uniform = "uniform"
+    compact = "compact"
+
+
 class SplitName(str, Enum):
     """Which examples to score on."""
 
@@ -317,6 +324,91 @@ def truncate(
         console.print(rank_curve_table(result.curve))
     for line in truncated_lines(result):
         typer.echo(line)
+
+
+Trained = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="A run's output directory, or the folder of an adapter.", show_default=False),
+]
+
+
+@app.command()
+@_refusals_are_messages
+def export(
+    trained: Trained,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder to make. Default: OUT-uniform or OUT-compact.", show_default=False),
+    ] = None,
+    profile: Annotated[
+        ProfileName, typer.Option(help="One rank for all modules, or its own rank for each.")
+    ] = ProfileName.uniform,
+    rank: Annotated[
+        int | None, typer.Option(help="Of a nested adapter (dylora): the rank to cut it at.", show_default=False)
+    ] = None,
+    svd_rank: Annotated[
+        int | None,
+        typer.Option(help="Approximate by a LoRA of at most this rank per module.", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+) -> None:
+    """Write a trained adapter as plain LoRA, for PEFT, vLLM, TGI, llama.cpp and others.
+
+    The result is loaded in a fresh process by stock PEFT, without ranktune,
+    and its outputs on real inputs are compared before it is kept. The uniform
+    profile (one rank, filled with zeros) is exact in every engine; compact
+    keeps each module's own rank, for PEFT and diffusers. A weight-decomposed
+    adapter becomes a PEFT DoRA, or with --svd-rank a LoRA with a known error.
+
+    [bold]Examples[/bold]
+
+        ranktune export runs/first
+
+        ranktune export runs/first --profile compact --out adapters/first
+    """
+    _share_the_cores()
+    from ranktune.exporting import export_trained
+    from ranktune.report.exports import export_lines
+
+    folder = out or trained.resolve().with_name(f"{trained.resolve().name}-{profile.value}")
+    result = export_trained(trained, folder, profile.value, rank, svd_rank)
+    if not quiet:
+        for line in export_lines(result, folder):
+            typer.echo(line)
+
+
+@app.command()
+@_refusals_are_messages
+def merge(
+    trained: Trained,
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: that of the base model.", show_default=False),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+) -> None:
+    """Build a trained adapter into its base model: a folder that from_pretrained loads without PEFT.
+
+    The sum is computed in float32 and cast once; the tokenizer and the
+    generation settings travel along. The folder is loaded in a fresh process,
+    and its outputs on real inputs are compared before it is kept.
+
+    [bold]Example[/bold]
+
+        ranktune merge runs/first --out models/first --dtype bfloat16
+    """
+    _share_the_cores()
+    from ranktune.merging import merge_trained
+    from ranktune.report.exports import merge_lines
+
+    result = merge_trained(trained, out, dtype, max_shard_size)
+    if not quiet:
+        for line in merge_lines(result):
+            typer.echo(line)
 
 
 def main() -> None:

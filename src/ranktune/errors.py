@@ -22,6 +22,10 @@ class DataError(RanktuneError, ValueError):
     """The training or evaluation data is missing, empty, or does not have the columns the task needs."""
 
 
+class AdapterFileError(RanktuneError, ValueError):
+    """A saved adapter is missing, torn, contradictory, or holds something that is not data; nothing was loaded."""
+
+
 class ExportError(RanktuneError, RuntimeError):
     """An exported file does not do what the adapter does; it was not kept."""
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ranktune.adapter_file import TENSOR_FILE
 from ranktune.adapters import layers
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, ExportError, did_you_mean
@@ -26,7 +27,6 @@ from ranktune.methods import DyLoraConfig
 from ranktune.peft_compat import PREFIX, pattern_value
 from ranktune.plain_lora import (
     FILE_PREFIX,
-    TENSOR_FILE,
     PlainLora,
     PlainModule,
     Profile,
@@ -47,16 +47,18 @@ class Exported:
     """What `export_lora` wrote.
 
     Attributes:
-        directory: the adapter folder.
         ranks: module name to the rank it has in the adapter (in a uniform file all are padded to the largest).
         dropped: modules without components, which are not in the file.
+        decomposed: whether the file is a DoRA, which PEFT reads and vLLM, TGI and llama.cpp do not.
         errors: with ``svd_rank``, module name to the share of its update's Frobenius norm that was lost.
+        nbytes: the size of the tensors.
     """
 
-    directory: Path
     ranks: dict[str, int]
     dropped: list[str]
+    decomposed: bool
     errors: dict[str, float]
+    nbytes: int
 
 
 def export_lora(
@@ -91,7 +93,7 @@ def export_lora(
     """
     check_profile(profile)
     path = Path(directory)
-    _refuse_occupied(path)
+    refuse_occupied(path)
     config = _config_of(model, adapter_name)
     if svd_rank is not None and (isinstance(svd_rank, bool) or svd_rank < 1):
         raise ConfigError(f"svd_rank={svd_rank!r} must be a whole number, at least 1.")
@@ -125,10 +127,11 @@ def export_lora(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_folder(path, fill)
     return Exported(
-        directory=path,
         ranks={name: module.rank for name, module in kept.items()},
         dropped=[name for name in modules if name not in kept],
+        decomposed=lora.decomposed,
         errors=errors,
+        nbytes=(path / TENSOR_FILE).stat().st_size,
     )
 
 
@@ -237,6 +240,7 @@ def _fields(config: RankConfig, base: nn.Module, adapted: Mapping[str, RankLayer
     }
 
 
-def _refuse_occupied(path: Path) -> None:
+def refuse_occupied(path: Path) -> None:
+    """Raises ConfigError for a path that is a file, or a folder with something in it."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"{path} exists already: name a folder that does not exist, or an empty one.")

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ranktune.adapter_file import TENSOR_FILE
 from ranktune.errors import ConfigError, did_you_mean
 from ranktune.peft_compat import pattern_value
 
@@ -28,7 +29,6 @@ Profile = Literal["uniform", "compact"]
 
 # Before every name in an adapter file of PEFT's.
 FILE_PREFIX = "base_model.model."
-CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

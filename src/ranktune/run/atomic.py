@@ -49,6 +49,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors' are private too
                 _flush_file(file)
         temporary.replace(path)
     finally:

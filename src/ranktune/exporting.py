@@ -1,0 +1,64 @@
+"""`export_trained`: a run or an adapter folder as plain LoRA, checked in a process that never imports ranktune."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ranktune.errors import ExportError
+from ranktune.export import Exported, export_lora, refuse_occupied
+from ranktune.plain_lora import Profile
+from ranktune.rank_setting import at_rank
+from ranktune.run.atomic import write_folder
+from ranktune.run.session import libraries_quiet
+from ranktune.verification.opening import open_trained
+from ranktune.verification.proof import Agreement, adapter_agreement
+
+
+@dataclass(frozen=True)
+class ExportedRun:
+    """What was written, and how well stock PEFT's outputs agree with the adapter's."""
+
+    exported: Exported
+    agreement: Agreement
+
+
+def export_trained(
+    path: Path, out: Path, profile: Profile = "uniform", rank: int | None = None, svd_rank: int | None = None
+) -> ExportedRun:
+    """Write `export_lora`'s folder for what `ranktune train` left, and prove it.
+
+    The base model is loaded in float32, and once more in a fresh process of stock PEFT with the new folder; both get
+    the same real inputs. The folder appears only if the outputs agree.
+
+    Args:
+        path: a run's output directory, or an adapter folder.
+        out: the folder to make; it must not exist, or be empty.
+        profile, rank, svd_rank: of `export_lora`. The outputs of a truncated SVD are compared and reported, not judged.
+
+    Raises:
+        ExportError: the outputs differ by more than rounding; nothing was kept.
+        RanktuneError: of any other kind: something is missing or cannot work; nothing was written.
+    """
+    refuse_occupied(out)
+    opened = open_trained(path)
+    results: list[ExportedRun] = []
+
+    def fill(folder: Path) -> None:
+        with nullcontext() if rank is None else at_rank(opened.model, rank):
+            exported = export_lora(opened.model, folder, profile, rank, svd_rank=svd_rank)
+            agreement = adapter_agreement(opened, folder)
+        if svd_rank is None and not agreement.holds(torch.float32):
+            raise ExportError(
+                f"in stock PEFT outputs differ by up to {agreement.difference:.3g}, in outputs up to "
+                f"{agreement.largest:.3g} that the adapter moves by up to {agreement.effect:.3g}. Nothing was kept."
+            )
+        results.append(ExportedRun(exported, agreement))
+
+    with libraries_quiet():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(out, fill)
+    return results[0]

@@ -1,0 +1,94 @@
+"""`merge_trained`: an adapter built into its base model, as a plain transformers folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from ranktune.errors import ConfigError, ExportError, did_you_mean
+from ranktune.export import refuse_occupied
+from ranktune.run.atomic import write_folder
+from ranktune.run.session import libraries_quiet
+from ranktune.verification.opening import Opened, open_trained
+from ranktune.verification.proof import Agreement, expected_outputs, model_agreement
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_trained` wrote, and how well it agrees with the adapter on its base."""
+
+    directory: Path
+    dtype: torch.dtype
+    nbytes: int
+    agreement: Agreement
+
+
+def merge_trained(path: Path, out: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> Merged:
+    """Write the base model with the adapter merged into it: `from_pretrained` loads the folder without PEFT or us.
+
+    The sum is computed in float32 and cast once. Tied weights stay tied, the generation settings and the tokenizer
+    travel along, and the folder is checked in a fresh process before it appears.
+
+    Args:
+        path: a run's output directory, or an adapter folder.
+        out: the folder to make; it must not exist, or be empty.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; the base model's own by default.
+        max_shard_size: of one file of weights, as in transformers.
+
+    Raises:
+        ConfigError: the adapter cannot be merged (its update depends on the input, or the base is quantised), or a
+            value is wrong.
+        ExportError: what was written gives other outputs than the adapter on its base; nothing was kept.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+    refuse_occupied(out)
+    opened = open_trained(path)
+    wanted = _own_dtype(opened) if dtype is None else DTYPES[dtype]
+    with libraries_quiet():
+        expected, effect = expected_outputs(opened)
+        try:
+            model = opened.model.merge_and_unload(safe_merge=True).to(wanted)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if infinite := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
+            raise ConfigError(f"{infinite[0]} has values that {wanted} cannot hold: choose another dtype.")
+        if (generation := _generation_config(opened)) is not None:
+            model.generation_config = generation
+
+        def fill(folder: Path) -> None:
+            model.save_pretrained(str(folder), max_shard_size=max_shard_size)
+            if opened.tokenizer is not None:
+                opened.tokenizer.save_pretrained(str(folder))
+            found.append(model_agreement(opened, expected, effect, folder))
+            if not found[0].holds(wanted):
+                raise ExportError(
+                    f"the merged model's outputs differ by up to {found[0].difference:.3g} from the adapter's on its "
+                    f"base, in outputs up to {found[0].largest:.3g}. Nothing was kept."
+                )
+
+        found: list[Agreement] = []
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(out, fill)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return Merged(out, wanted, size, found[0])
+
+
+def _own_dtype(opened: Opened) -> torch.dtype:
+    """What the base model's weights are stored in."""
+    config = AutoConfig.from_pretrained(opened.path, revision=opened.revision or "main")
+    stored = getattr(config, "dtype", None)
+    return next((dtype for dtype in DTYPES.values() if dtype == stored), torch.float32)
+
+
+def _generation_config(opened: Opened) -> GenerationConfig | None:
+    """The base model's own, where it has one: a task may have replaced it for its scores."""
+    try:
+        return GenerationConfig.from_pretrained(opened.path, revision=opened.revision or "main")
+    except OSError:
+        return None

@@ -1,0 +1,47 @@
+"""What `ranktune export` and `ranktune merge` say when they are done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ranktune.report.tables import size
+
+if TYPE_CHECKING:
+    from ranktune.exporting import ExportedRun
+    from ranktune.merging import Merged
+    from ranktune.verification.proof import Agreement
+
+
+def export_lines(result: ExportedRun, folder: Path) -> list[str]:
+    """Ranks, errors of an approximation, and the proof."""
+    exported = result.exported
+    ranks = exported.ranks.values()
+    kind = "DoRA" if exported.decomposed else "LoRA"
+    spread = f"rank {max(ranks)}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    lines = [f"{kind} of {len(ranks)} modules, {spread}, {size(exported.nbytes)}"]
+    if exported.dropped:
+        lines.append(f"left out, because they have rank 0: {', '.join(exported.dropped)}")
+    if exported.errors:
+        worst = max(exported.errors, key=lambda name: exported.errors[name])
+        mean = sum(exported.errors.values()) / len(exported.errors)
+        lines.append(
+            f"truncated SVD loses {mean:.2%} of an update's norm in the mean, {exported.errors[worst]:.2%} in {worst}"
+        )
+    if exported.decomposed:
+        lines.append("PEFT reads a DoRA; vLLM, TGI and llama.cpp do not: use --svd-rank or `ranktune merge` for them")
+    lines.append(f"{_agreement(result.agreement)}, with stock PEFT {result.agreement.peft}")
+    return [*lines, f"Saved in {folder}."]
+
+
+def merge_lines(result: Merged) -> list[str]:
+    """Size and proof."""
+    dtype = str(result.dtype).removeprefix("torch.")
+    return [f"{dtype} weights, {size(result.nbytes)}", _agreement(result.agreement), f"Saved in {result.directory}."]
+
+
+def _agreement(agreement: Agreement) -> str:
+    return (
+        f"checked on {agreement.inputs} in a process without ranktune: largest difference {agreement.difference:.2g}, "
+        f"in outputs up to {agreement.largest:.3g} that the adapter moves by up to {agreement.effect:.3g}"
+    )
