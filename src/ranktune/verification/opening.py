@@ -77,7 +77,7 @@ def _open_run(path: Path) -> Opened:
     directory.read_metrics()
     if not (directory.adapter / CONFIG_FILE).exists():
         raise ConfigError(
-            f"the model in {path} was trained in full: {directory.adapter} is a model folder already, without an adapter."
+            f"the model in {path} was trained in full, without an adapter: {directory.adapter} is its folder already."
         )
     read_adapter(directory.adapter)
     recipe = load_recipe(directory.recipe, _FLOAT32)
@@ -85,9 +85,7 @@ def _open_run(path: Path) -> Opened:
         prepared = prepare(recipe.model_copy(update={"output": scratch}), directory.recipe)
     _refuse_quantised(AutoConfig.from_pretrained(prepared.source.path, revision=prepared.source.revision or "main"))
     tokenizer = prepared.task.load_tokenizer(prepared.source.path, prepared.source.revision)
-    model = cast(
-        peft.PeftModel, restored(pretrained(prepared.source, prepared.task, recipe), directory.adapter)
-    ).eval()
+    model = cast(peft.PeftModel, restored(pretrained(prepared.source, prepared.task, recipe), directory.adapter)).eval()
     base = cast(PreTrainedModel, model.get_base_model())
     count = min(EXAMPLES, len(prepared.data.evaluation))
     examples = prepared.task.tokenize(prepared.data.evaluation.select(range(count)), tokenizer)
