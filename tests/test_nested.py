@@ -438,3 +438,16 @@ def test_compacting_at_a_rank_cuts_for_good(tmp_path):
     ranktune.set_rank(loaded, 2)
     with pytest.raises(ranktune.ConfigError, match=r"\[1, 2, 3\]"):
         ranktune.set_rank(loaded, 4)
+
+
+def test_components_are_not_dropped_while_their_ranks_are_drawn():
+    model = build()
+    draw(model, Span(2, 3))
+    ranktune.set_rank(model, 2)
+    with pytest.raises(ranktune.ConfigError, match="training ranks up to 4, and 2 components would be left"):
+        ranktune.compact(model)
+    assert {update.capacity for _, update in updates(model)} == {4}
+    for _, update in updates(model):
+        update.follow(None)
+        update.keep_components(torch.tensor([0]))
+        assert update.rank == update.capacity == 1

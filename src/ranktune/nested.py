@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranktune.errors import ConfigError
 from ranktune.lowrank import Span
 from ranktune.magnitude import norm_dtype
 from ranktune.update import LowRankUpdate
@@ -142,7 +143,16 @@ class NestedUpdate(LowRankUpdate):
             self.draw.at(int(self.rank_step))
 
     def keep_components(self, kept: Tensor) -> None:
-        """See `LowRankUpdate.keep_components`."""
+        """See `LowRankUpdate.keep_components`.
+
+        Raises:
+            ConfigError: a controller is drawing ranks up to the present capacity.
+        """
+        if self.draw is not None and len(kept) < self.capacity:
+            raise ConfigError(
+                f"a controller is training ranks up to {self.capacity}, and {len(kept)} components would be left: "
+                "finish or close it first."
+            )
         super().keep_components(kept)
         self._read_state()
 
