@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ranktune.errors import RanktuneError
+from ranktune.errors import RanktuneError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,7 +116,10 @@ def ranktune_command(
 @app.command()
 @_refusals_are_messages
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe file.", show_default=False)],
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE.yaml", help="The recipe file; none with --resume.", show_default=False),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -130,6 +133,21 @@ def train(
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run that is already in the output directory.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Go on with the run in this output directory, under its own recipe.yaml, as if it had never stopped.",
+        ),
+    ] = None,
+    replan: Annotated[
+        bool,
+        typer.Option(
+            "--replan",
+            help="With --resume: the run may get another length or other data; its rank schedule begins anew from "
+            "the present ranks, over the steps that remain.",
+        ),
     ] = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - read by the decorator
@@ -148,8 +166,17 @@ def train(
         ranktune train my.yaml --dry-run
 
         ranktune train my.yaml method.name=lora method.r=4 output=runs/lora-4
+
+        ranktune train --resume runs/first
     """
     _share_the_cores()
+    if resume is not None:
+        _resume(resume, recipe, overrides or [], replan=replan, barred=dry_run or overwrite, quiet=quiet)
+        return
+    if recipe is None:
+        raise RecipeError("give a recipe: ranktune train RECIPE.yaml, or --resume OUT to go on with a run.")
+    if replan:
+        raise RecipeError("--replan belongs to --resume OUT.")
     from ranktune.recipe import load_recipe, recipe_text
 
     loaded = load_recipe(recipe, overrides or [])
@@ -163,15 +190,39 @@ def train(
         console.print(plan_table(plan))
         return
 
-    from ranktune.report.tables import summary_table
     from ranktune.run.display import showing
     from ranktune.training import train as train_recipe
 
     with showing(console, quiet) as display:
         metrics = train_recipe(loaded, recipe, display, overwrite=overwrite)
     if not quiet:
-        console.print(summary_table(metrics))
-        typer.echo(f"Saved in {loaded.output}. Score it again: ranktune evaluate {loaded.output}")
+        _summarise(console, metrics, loaded.output)
+
+
+def _resume(
+    output: Path, recipe: Path | None, overrides: list[str], *, replan: bool, barred: bool, quiet: bool
+) -> None:
+    """`ranktune train --resume OUT [KEY=VALUE...]`: the first argument, a recipe otherwise, is an override."""
+    if recipe is not None and "=" not in str(recipe):
+        raise RecipeError(f"--resume goes on under {output / 'recipe.yaml'}: leave {recipe} out.")
+    if barred:
+        raise RecipeError("--resume goes on with a run: it goes neither with --dry-run nor with --overwrite.")
+    from ranktune.run.display import showing
+    from ranktune.training import resume
+
+    console = _console()
+    first = [] if recipe is None else [str(recipe)]
+    with showing(console, quiet) as display:
+        metrics = resume(output, [*first, *overrides], display, replan=replan)
+    if not quiet:
+        _summarise(console, metrics, str(output))
+
+
+def _summarise(console: Console, metrics: dict[str, Any], output: str) -> None:
+    from ranktune.report.tables import summary_table
+
+    console.print(summary_table(metrics))
+    typer.echo(f"Saved in {output}. Score it again: ranktune evaluate {output}")
 
 
 @app.command()

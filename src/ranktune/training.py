@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import ranktune
 from ranktune.baselines import Baseline, reading
 from ranktune.controller import history_records
+from ranktune.errors import RecipeError
 from ranktune.integrations.trainer import RankCallback, RankEarlyStoppingCallback
-from ranktune.recipe import Recipe, recipe_text
-from ranktune.report.plots import draw_run
+from ranktune.recipe import Recipe, load_recipe, recipe_text
 from ranktune.run import atomic
+from ranktune.run.checkpoints import Found, find_checkpoint
 from ranktune.run.directory import RunDirectory
 from ranktune.run.display import Display, DisplayCallback
 from ranktune.run.events import EventCallback, EventLog, scores_only
 from ranktune.run.memory import PeakMemory
 from ranktune.run.model import adapted, pretrained
 from ranktune.run.prepare import Examples, Prepared, prepare, prepare_examples
+from ranktune.run.result import save_result
+from ranktune.run.resume import check_changes, check_shape
+from ranktune.run.saving import SavingCallback
 from ranktune.run.session import build_trainer, libraries_quiet
 from ranktune.run.targets import Plan
-
-_VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool = False) -> dict[str, Any]:
@@ -50,15 +50,52 @@ def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool
     with libraries_quiet():
         prepared = prepare(recipe, file)
         examples = prepare_examples(prepared)
-        plan = prepared.plan
-        display.say(prepared.data.description)
-        display.say(
-            f"{recipe.method['name']} on {prepared.source.name}: {len(plan.modules)} modules of total rank "
-            f"{plan.rank:,}, {plan.trainable:,} trainable parameters ({plan.trainable / plan.total:.2%} of the model)"
-        )
-        if plan.left_out:
-            display.say(plan.left_out)
+        _introduce(prepared, display)
         return _run(prepared, examples, directory, display)
+
+
+def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: bool = False) -> dict[str, Any]:
+    """Go on with the run in a directory from its newest whole checkpoint, as if it had never stopped.
+
+    A run that was stopped before its first checkpoint starts anew; a finished one is left as it is.
+
+    Args:
+        output: the run's directory, whose own recipe counts.
+        overrides: recipe keys to set, of those that do not make another run of it.
+        display: where progress is shown.
+        replan: the run may get another length or other data, and its rank schedule begins anew.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        RecipeError, DataError, ConfigError: there is no run here, or it cannot go on like this; nothing was changed.
+    """
+    directory = RunDirectory(output)
+    before = load_recipe(directory.required_recipe())
+    recipe = load_recipe(directory.recipe, overrides)
+    if recipe.output != before.output:
+        raise RecipeError(f"--resume: 'output' is {output} itself; a copy of the run can be resumed where it lies.")
+    recipe = recipe.model_copy(update={"output": str(output)})
+    check_changes(before, recipe, replan)
+    if directory.metrics.exists() and not replan:
+        metrics = directory.read_metrics()
+        display.say(f"the run in {output} is finished after {metrics['steps']:,} steps: there is nothing to resume.")
+        return metrics
+    found = find_checkpoint(directory.checkpoints)
+    for path, fault in found.torn.items():
+        display.say(f"{path.name} is not whole: {fault}")
+    with libraries_quiet():
+        prepared = prepare(recipe, directory.recipe)
+        examples = prepare_examples(prepared)
+        _introduce(prepared, display)
+        if found.newest is None:
+            display.say("there is no whole checkpoint: the run starts anew, from step 0")
+        else:
+            check_shape(found.newest, prepared, examples, replan)
+            done, total = found.newest.step, examples.steps.total
+            display.say(f"going on from {found.newest.path.name}: {done:,} of {total:,} steps are done")
+        return _run(prepared, examples, directory, display, found, replan=replan)
 
 
 def rehearse(recipe: Recipe, file: str | Path) -> Plan:
@@ -73,75 +110,86 @@ def rehearse(recipe: Recipe, file: str | Path) -> Plan:
         return prepared.plan
 
 
-def _run(prepared: Prepared, examples: Examples, directory: RunDirectory, display: Display) -> dict[str, Any]:
-    recipe, task = prepared.recipe, prepared.task
+def _introduce(prepared: Prepared, display: Display) -> None:
+    plan = prepared.plan
+    display.say(prepared.data.description)
+    display.say(
+        f"{prepared.recipe.method['name']} on {prepared.source.name}: {len(plan.modules)} modules of total rank "
+        f"{plan.rank:,}, {plan.trainable:,} trainable parameters ({plan.trainable / plan.total:.2%} of the model)"
+    )
+    if plan.left_out:
+        display.say(plan.left_out)
+
+
+def _run(
+    prepared: Prepared,
+    examples: Examples,
+    directory: RunDirectory,
+    display: Display,
+    found: Found | None = None,
+    *,
+    replan: bool = False,
+) -> dict[str, Any]:
+    task, config, seed = prepared.task, prepared.config, prepared.recipe.train.seed
     memory = PeakMemory()
-    model = adapted(pretrained(prepared.source, task, recipe), prepared.config, recipe.train.seed)
+    model = adapted(pretrained(prepared.source, task, prepared.recipe), config, seed)
     training_params = reading.trainable_parameters(model)
-    directory.start()
-    atomic.write_text(directory.recipe, recipe_text(recipe))
-    with EventLog(directory.log) as log:
-        ranks = prepared.config.callback() if isinstance(prepared.config, Baseline) else RankCallback()
-        events = EventCallback(log, ranks)
-        callbacks = [ranks, events, DisplayCallback(display, task.metric)]
-        if (patience := recipe.train.early_stopping_patience) is not None:
-            callbacks.append(RankEarlyStoppingCallback(ranks, patience))
-        trainer = build_trainer(
-            prepared,
-            model,
-            examples.tokenizer,
-            train=examples.train,
-            evaluation=examples.evaluation,
-            callbacks=callbacks,
-        )
-        ranks.put_first(trainer)
-        log.write(
-            "start",
-            method=recipe.method["name"],
-            model=prepared.source.name,
-            task=task.name,
-            metric=task.metric,
-            seed=recipe.train.seed,
-            data=prepared.data.description,
-        )
-        before = scores_only(trainer.evaluate())
-        began = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - began
-        movement = _movement(ranks)
-        # Before the final scores: they are to be those of the file that is saved.
-        compacted = _compact(model)
-        after = scores_only(trainer.evaluate()) if compacted else _final_scores(trainer, events)
-        log.write("end", step=trainer.state.global_step, seconds=seconds)
-    atomic.write_folder(directory.adapter, lambda folder: model.save_pretrained(str(folder)))
-    atomic.write_json(directory.ranks, {"final": reading.ranks(model), **movement})
-    draw_run(directory)
-    metrics = {
+    resumed = None if found is None else found.newest
+    with directory.held():
+        if found is None or resumed is None:
+            directory.start()
+        else:
+            directory.reopen()
+            found.remove_torn()
+        atomic.write_text(directory.recipe, recipe_text(prepared.recipe))
+        kept = {} if resumed is None else resumed.record_of("EventCallback")
+        with EventLog(directory.log, kept.get("log_bytes")) as log:
+            ranks = config.callback() if isinstance(config, Baseline) else RankCallback(replan=replan)
+            events = EventCallback(log, ranks, prepared.data.fingerprint, kept)
+            trainer = _trainer(prepared, examples, model, ranks, [events, DisplayCallback(display, task.metric)])
+            if resumed is None:
+                log.write("start", **_facts(prepared))
+                events.before = scores_only(trainer.evaluate())
+                trainer.train()
+            else:
+                log.write("resume", step=resumed.step, replanned=replan)
+                trainer.train(resume_from_checkpoint=str(resumed.path))
+            movement = _movement(ranks)
+            # Before the final scores: they are to be those of the file that is saved.
+            compacted = _compact(model)
+            after = scores_only(trainer.evaluate()) if compacted else _final_scores(trainer, events)
+            log.write("end", step=trainer.state.global_step, seconds=events.seconds())
+        return save_result(directory, prepared, trainer, events, after, movement, training_params, memory)
+
+
+def _trainer(
+    prepared: Prepared, examples: Examples, model: Any, ranks: RankCallback, callbacks: list[TrainerCallback]
+) -> Trainer:
+    patience = prepared.recipe.train.early_stopping_patience
+    stopping = [] if patience is None else [RankEarlyStoppingCallback(ranks, patience)]
+    trainer = build_trainer(
+        prepared,
+        model,
+        examples.tokenizer,
+        train=examples.train,
+        evaluation=examples.evaluation,
+        callbacks=[ranks, *callbacks, *stopping, SavingCallback()],
+    )
+    ranks.put_first(trainer)
+    return trainer
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    """What the log says of a run at its start."""
+    recipe, task = prepared.recipe, prepared.task
+    return {
         "method": recipe.method["name"],
+        "model": prepared.source.name,
         "task": task.name,
         "metric": task.metric,
-        "before": before[task.metric],
-        "after": after[task.metric],
-        **_sizes(model),
-        "training_params": training_params,
-        "steps": trainer.state.global_step,
-        "seconds": seconds,
-        "samples_per_second": _examples_seen(trainer) / seconds,
-        "peak_memory_mb": memory.megabytes(),
-        "peak_memory_kind": memory.kind,
-        "adapter_bytes": sum(file.stat().st_size for file in directory.adapter.glob("*.safetensors")),
         "seed": recipe.train.seed,
-        "scores": {"before": before, "after": after},
-        "model": prepared.source.name,
-        "data": {"description": prepared.data.description, "fingerprint": prepared.data.fingerprint},
-        "versions": {
-            "python": platform.python_version(),
-            "ranktune": ranktune.__version__,
-            **{package: version(package) for package in _VERSIONED},
-        },
+        "data": prepared.data.description,
     }
-    atomic.write_json(directory.metrics, metrics)
-    return atomic.finite(metrics)
 
 
 def _final_scores(trainer: Trainer, events: EventCallback) -> dict[str, float]:
@@ -169,18 +217,3 @@ def _compact(model: PeftModel | PeftMixedModel) -> bool:
     before = ranktune.active_parameters(model)
     ranktune.compact(model)
     return ranktune.active_parameters(model) != before
-
-
-def _examples_seen(trainer: Trainer) -> int:
-    args = trainer.args
-    return trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def _sizes(model: PeftModel | PeftMixedModel) -> dict[str, int]:
-    """Parameter counts and the total rank. `total_params` is the model with its adapter."""
-    return {
-        "trainable_params": reading.final_parameters(model),
-        "active_params": reading.active_parameters(model),
-        "total_params": sum(parameter.numel() for parameter in model.parameters()),
-        "total_rank": sum(reading.ranks(model).values()),
-    }

@@ -105,6 +105,7 @@ class PeftAdaLora(StockAdapter):
     """
 
     method_name: ClassVar[str] = "peft-adalora"
+    resumable: ClassVar[bool] = False  # the allocator's averages are plain attributes
 
     init_r: int | None = field(
         default=None, metadata={"help": "Starting rank; None is ceil(1.5 r), as in the AdaLoRA paper."}

@@ -65,6 +65,8 @@ _DECIDED_BY_THE_RUN = frozenset(
         "do_predict",
         "remove_unused_columns",
         "resume_from_checkpoint",
+        "restore_callback_states_from_checkpoint",
+        "ignore_data_skip",
         "local_rank",
         "deepspeed",
         "metric_for_best_model",

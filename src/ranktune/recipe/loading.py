@@ -29,7 +29,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             an environment variable is not set.
         ConfigError: the method's configuration class refuses its fields.
     """
-    path = Path(path)
+    path, overrides = Path(path), list(overrides)
     values = _read(path)
     values, touched = apply_overrides(values, overrides)
     values.setdefault("output", f"runs/{path.stem}")
@@ -37,8 +37,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     # Here, not at the top: naming a method's fields loads torch and peft, and a mistyped key needs neither.
     from ranktune.recipe.choices import checked_trainer_fields, complete_method
 
-    checked_trainer_fields(recipe.train, str(path))
-    method = complete_method(recipe.method, str(path))
+    checked_trainer_fields(recipe.train, _sources("train", path, overrides))
+    method = complete_method(recipe.method, _sources("method", path, overrides))
     return recipe.model_copy(
         update={
             "model": _absolute_if_local(recipe.model),
@@ -51,6 +51,12 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def recipe_text(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; `load_recipe` reads the same recipe from it."""
     return yaml_text.write(recipe.resolved())
+
+
+def _sources(section: str, path: Path, overrides: list[str]) -> str:
+    """Where the values of a section come from, for messages."""
+    said = [text for text in overrides if text.split("=")[0].split(".")[0].strip() == section]
+    return f"{path} with {', '.join(said)}" if said else str(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +87,60 @@ class RunDirectory:
         if not overwrite and (found := self.contents()):
             raise RecipeError(
                 f"output: {self.path} already holds a run ({found[0].name}). Choose another place with output=..., "
-                "or replace that run with --overwrite."
+                "go on with that run with --resume, or replace it with --overwrite."
             )
 
     def start(self) -> None:
-        """Make the directory and remove what an earlier run left in it; other files stay."""
+        """Remove what an earlier run left here; other files stay."""
+        for item in [*self.contents(), *self._half_written()]:
+            _remove(item)
+
+    def reopen(self) -> None:
+        """Make an unfinished run of it again: remove its end, and what a killed process had half written."""
+        for item in [self.metrics, self.adapter, self.ranks, *self._half_written()]:
+            if item.exists():
+                _remove(item)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory, and keep other processes from training in it, where the system can (POSIX).
+
+        Raises:
+            RecipeError: another process does.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        for item in self.contents():
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+        if os.name != "posix":
+            yield
+            return
+        import fcntl
+
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            # The system lets go of it when the process ends, however it ends.
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RecipeError(f"output: another process is training in {self.path}.") from error
+            yield
+        finally:
+            os.close(handle)
+
+    def _half_written(self) -> list[Path]:
+        """What `atomic` had begun to write beside its place when the process was killed."""
+        whole = (self.metrics, self.adapter, self.ranks, self.recipe)
+        return [item for path in whole for item in self.path.glob(f".{path.name}.*.tmp")]
+
+    def required_recipe(self) -> Path:
+        """The recipe of the run that is here, finished or not.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        if not self.path.is_dir():
+            raise RecipeError(f"there is no directory {self.path}; give the `output` of a `ranktune train`.")
+        if not self.recipe.exists():
+            raise RecipeError(f"{self.path} holds no run to go on with: it has no {self.recipe.name}.")
+        return self.recipe
 
     def read_metrics(self) -> dict[str, Any]:
         """The finished run's `metrics.json`.
@@ -133,5 +181,15 @@ class RunDirectory:
         if not self.path.is_dir():
             raise RecipeError(f"there is no directory {self.path}; give the `output` of a finished `ranktune train`.")
         if self.contents():
-            raise RecipeError(f"the run in {self.path} did not finish: it has no {path.name}. Train it again.")
+            raise RecipeError(
+                f"the run in {self.path} did not finish: it has no {path.name}. Go on with it: ranktune train --resume "
+                f"{self.path}"
+            )
         raise RecipeError(f"{self.path} holds no run: it has no {path.name}.")
+
+
+def _remove(item: Path) -> None:
+    if item.is_dir():
+        shutil.rmtree(item)
+    else:
+        item.unlink()

@@ -108,18 +108,19 @@ class PlainDisplay:
         self._seconds = seconds
         self._said = time.monotonic()
         self._tenth = 0
-        self._started: float | None = None
+        self._started: tuple[float, int] | None = None
 
     def pace(self, pace: Pace) -> None:
         """Print a line when it is time for one."""
         now = time.monotonic()
         if self._started is None:
-            self._started = now
+            self._started = now, pace.step
         tenth = 10 * pace.step // max(pace.total, 1)
-        if pace.step == 0 or (tenth == self._tenth and now - self._said < self._seconds):
+        since, first = self._started
+        if pace.step == first or (tenth == self._tenth and now - self._said < self._seconds):
             return
         self._tenth, self._said = tenth, now
-        left = (now - self._started) / pace.step * (pace.total - pace.step)
+        left = (now - since) / (pace.step - first) * (pace.total - pace.step)
         self.say(f"step {pace.step}/{pace.total}  {pace.words()}  {clock(left)} left")
 
     def evaluating(self, done: int, total: int) -> None:
@@ -163,6 +164,7 @@ class DisplayCallback(TrainerCallback):
         self._step_began = 0.0
         self._seconds_per_step: float | None = None
         self._evaluated = 0
+        self._scores_said = ""
 
     def on_train_begin(
         self,
@@ -235,4 +237,8 @@ class DisplayCallback(TrainerCallback):
         when = "before training" if state.global_step == 0 else f"step {state.global_step}"
         words = f"{self._metric} {scores[self._metric]:.4f}" if self._metric in scores else ""
         loss = f"evaluation loss {scores['loss']:.4f}" if "loss" in scores else ""
-        self._display.say("  ".join(part for part in (f"{when}:", words, loss) if part))
+        line = "  ".join(part for part in (f"{when}:", words, loss) if part)
+        # The model is scored once more after it was compacted, which seldom shows.
+        if line != self._scores_said:
+            self._display.say(line)
+        self._scores_said = line

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ranktune.baselines.reading import ranks as ranks_of
 from ranktune.controller import history_records
-from ranktune.integrations.trainer import RankCallback
+from ranktune.integrations.trainer import RankCallback, RunShape
 from ranktune.run.atomic import finite
 
 
 class EventLog:
-    """Appends events to a file; `with` closes it."""
+    """Appends events to a file; `with` closes it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        keep: cut the file back to so many bytes first, which is where a checkpoint was written.
+    """
+
+    def __init__(self, path: Path, keep: int | None = None) -> None:
         self._file = path.open("a", encoding="utf-8")
+        if keep is not None and keep < path.stat().st_size:
+            self._file.truncate(keep)
 
     def __enter__(self) -> EventLog:
         return self
@@ -31,16 +42,76 @@ class EventLog:
         self._file.write(json.dumps(finite({"event": event, **fields}), allow_nan=False) + "\n")
         self._file.flush()
 
+    def settle(self) -> int:
+        """Have everything on disk; how many bytes that is."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
-class EventCallback(TrainerCallback):
-    """Writes the Trainer's logs, evaluations and rank changes to an `EventLog`, and remembers the latest scores."""
 
-    def __init__(self, log: EventLog, ranks: RankCallback) -> None:
+class EventCallback(TrainerCallback, ExportableState):
+    """Writes the Trainer's logs, evaluations and rank changes to an `EventLog`, and remembers scores and time.
+
+    Args:
+        log: where to.
+        ranks: the trainer's `RankCallback`.
+        fingerprint: of the data.
+        resumed: the ``attributes`` that this callback left in the checkpoint that training goes on from; else empty.
+
+    Attributes:
+        before: the scores before training.
+        latest_scores, latest_scores_step: the latest ones, and after how many steps.
+    """
+
+    def __init__(self, log: EventLog, ranks: RankCallback, fingerprint: str, resumed: dict[str, Any]) -> None:
         self.log = log
         self.ranks = ranks
+        self.fingerprint = fingerprint
+        self.before: dict[str, float] = resumed.get("before", {})
+        self.latest_scores: dict[str, float] = resumed.get("latest_scores", {})
+        self.latest_scores_step: int = resumed.get("latest_scores_step", -1)
+        self._seconds: float = resumed.get("seconds", 0.0)
+        self._began: float | None = None
         self._changes_written = 0
-        self.latest_scores: dict[str, float] = {}
-        self.latest_scores_step = -1
+        self._shape: dict[str, Any] = {}
+
+    def seconds(self) -> float:
+        """Training time up to now, with that up to the checkpoint a run was resumed from; not what was repeated."""
+        return self._seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's ``trainer_state.json`` keeps, as transformers wants it."""
+        kept = {
+            "before": self.before,
+            "latest_scores": self.latest_scores,
+            "latest_scores_step": self.latest_scores_step,
+            "seconds": self.seconds(),
+            "fingerprint": self.fingerprint,
+            "log_bytes": self.log.settle(),
+            "shape": self._shape,
+        }
+        return {"args": {}, "attributes": kept}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        """Start the clock; changes of an earlier part of the run have been written."""
+        self._shape = asdict(RunShape.of(args, state.max_steps, state.num_train_epochs))
+        self._began = time.perf_counter()
+        self._changes_written = len(self.ranks.history)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        """Stop the clock."""
+        self._seconds, self._began = self.seconds(), None
 
     def on_step_end(
         self,

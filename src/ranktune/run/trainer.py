@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 import ranktune
 
 # Optimizers such as GaLore, LOMO or Muon choose or build their own groups: transformers marks them by these keys.
 _OWN_GROUPS = frozenset({"params", "model", "optimizer_dict"})
+
+
+class EpochSeededSampler(LengthGroupedSampler):
+    """Texts of like length together, in an order that the seed and the epoch decide.
+
+    Transformers' own order depends on the random state where an epoch began, which a run that resumes in the middle of
+    one no longer has.
+    """
+
+    def __init__(self, like: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(like.batch_size, lengths=like.lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class RankTrainerMixin(Trainer):
@@ -41,6 +63,19 @@ class RankTrainerMixin(Trainer):
             one, two = (model(**batch, num_items_in_batch=torch.tensor(count)).loss for count in (1, 2))
         model.train(mode)
         return not torch.equal(one, two)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where a resumed run was already at its end: Trainer would take one more step."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[Any] | None:
+        """Trainer's, but one that can be begun again at any epoch."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is LengthGroupedSampler:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochSeededSampler(sampler, seed)
+        return sampler
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's evaluation, with the random state put back: how often a run is scored must not change it."""

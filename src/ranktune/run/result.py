@@ -1,0 +1,93 @@
+"""What a finished run leaves: the adapter, its ranks, the pictures and, last, `metrics.json`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+import ranktune
+from ranktune.baselines import reading
+from ranktune.report.plots import draw_run
+from ranktune.run import atomic
+from ranktune.run.directory import RunDirectory
+from ranktune.run.events import EventCallback
+from ranktune.run.memory import PeakMemory
+from ranktune.run.prepare import Prepared
+
+_VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def save_result(
+    directory: RunDirectory,
+    prepared: Prepared,
+    trainer: Trainer,
+    events: EventCallback,
+    after: dict[str, float],
+    movement: dict[str, Any],
+    training_params: int,
+    memory: PeakMemory,
+) -> dict[str, Any]:
+    """Write the result of a run, each file whole or not at all.
+
+    Args:
+        trainer: it holds the model.
+        events: it knows the scores before, and the time.
+        after: the scores of the model as it is.
+        movement: what `ranks.json` tells about ranks that moved.
+        training_params: what the optimizer moved, before anything was dropped.
+        memory: counted since the process began to train; earlier parts of a resumed run are not in it.
+
+    Returns:
+        The content of `metrics.json`.
+    """
+    model: Any = trainer.model
+    atomic.write_folder(directory.adapter, lambda folder: model.save_pretrained(str(folder)))
+    atomic.write_json(directory.ranks, {"final": reading.ranks(model), **movement})
+    draw_run(directory)
+    metric = prepared.task.metric
+    metrics = {
+        "method": prepared.recipe.method["name"],
+        "task": prepared.task.name,
+        "metric": metric,
+        "before": events.before[metric],
+        "after": after[metric],
+        **_sizes(model),
+        "training_params": training_params,
+        "steps": trainer.state.global_step,
+        "seconds": events.seconds(),
+        "samples_per_second": _examples_seen(trainer) / events.seconds(),
+        "resumed_at": [event["step"] for event in directory.read_events() if event["event"] == "resume"],
+        "peak_memory_mb": memory.megabytes(),
+        "peak_memory_kind": memory.kind,
+        "adapter_bytes": sum(file.stat().st_size for file in directory.adapter.glob("*.safetensors")),
+        "seed": prepared.recipe.train.seed,
+        "scores": {"before": events.before, "after": after},
+        "model": prepared.source.name,
+        "data": {"description": prepared.data.description, "fingerprint": prepared.data.fingerprint},
+        "versions": {
+            "python": platform.python_version(),
+            "ranktune": ranktune.__version__,
+            **{package: version(package) for package in _VERSIONED},
+        },
+    }
+    atomic.write_json(directory.metrics, metrics)
+    return atomic.finite(metrics)
+
+
+def _examples_seen(trainer: Trainer) -> int:
+    args = trainer.args
+    return trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """Parameter counts and the total rank. `total_params` is the model with its adapter."""
+    return {
+        "trainable_params": reading.final_parameters(model),
+        "active_params": reading.active_parameters(model),
+        "total_params": sum(parameter.numel() for parameter in model.parameters()),
+        "total_rank": sum(reading.ranks(model).values()),
+    }
