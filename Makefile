@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test check format bench peft-suite clean
+.PHONY: help setup quickstart test test-kills check format bench peft-suite clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -28,6 +28,9 @@ quickstart: setup  ## train a real encoder on real text in a few minutes
 
 test: setup  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-kills: setup  ## runs killed at every step and in every file, and resumed (minutes)
+	RANKTUNE_ALL_KILLS=1 $(BIN)/python -m pytest tests/test_killed_runs.py -n $(WORKERS)
 
 check: setup  ## lint, formatting, types
 	$(BIN)/ruff check .

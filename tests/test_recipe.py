@@ -38,7 +38,7 @@ def test_defaults_are_written_out(tmp_path: Path) -> None:
     assert resolved["method"]["lora_dropout"] == 0.0
     assert set(resolved["data"]) == set(DataRecipe.model_fields)
     assert set(resolved["train"]) == set(TrainRecipe.model_fields)
-    assert resolved["train"]["save_every"] == "epoch"
+    assert resolved["train"]["save_every"] == 0.1
 
 
 @pytest.mark.parametrize(

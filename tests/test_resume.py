@@ -1,0 +1,347 @@
+"""`ranktune train --resume`: torn checkpoints, what may change and what may not, replanning, and finished runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from ranktune.cli import app
+from ranktune.run.checkpoints import find_checkpoint
+from ranktune.run.directory import RunDirectory
+from tests.tiny import LINEAR_MODULES, write_everything
+
+METHOD = "method={name: dynamic-dora, r: 2, prune_interval: 2, lora_dropout: 0.1}"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 12 steps, 6 an epoch, with checkpoints at 2, 4 ... 12, in `out`."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_everything(folder)
+    result = run("train", recipe, METHOD, "train.epochs=2", "train.save_every=2", "train.save_total_limit=null")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """The same run as if it had been killed after step 9."""
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    for step in (10, 12):
+        shutil.rmtree(out / "checkpoints" / f"checkpoint-{step}")
+    for name in ("metrics.json", "ranks.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "adapter")
+    return out
+
+
+def tensors(out: Path) -> bytes:
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def metrics_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_a_finished_run_is_left_as_it_is(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "out").rglob("*") if path.is_file()}
+    result = run("train", "--resume", finished / "out")
+    assert result.exit_code == 0, result.output
+    assert "is finished after 12 steps: there is nothing to resume" in result.stdout
+    assert "accuracy after" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_resumed_run_says_what_its_time_covers_and_keeps_the_score_before(stopped: Path, finished: Path) -> None:
+    checkpoint = json.loads((stopped / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
+    spent = checkpoint["stateful_callbacks"]["EventCallback"]["attributes"]["seconds"]
+    result = run("train", "--resume", stopped)
+    assert result.exit_code == 0, result.output
+    assert "going on from checkpoint-8: 8 of 12 steps are done" in result.stdout
+    assert "before training" not in result.stdout
+    assert tensors(stopped) == tensors(finished / "out")
+    found, expected = metrics_of(stopped), metrics_of(finished / "out")
+    assert found["scores"] == expected["scores"]
+    assert found["seconds"] > spent > 0
+    assert (found["resumed_at"], expected["resumed_at"]) == ([8], [])
+    events = RunDirectory(stopped).read_events()
+    assert {"event": "resume", "step": 8, "replanned": False} in events
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    assert steps == sorted(set(steps))
+
+
+def test_a_run_resumes_where_it_was_moved_to(stopped: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = stopped.rename(stopped.with_name("moved"))
+    monkeypatch.chdir(moved.parent)
+    result = run("train", "--resume", "moved", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.output == ""
+    assert tensors(moved) == tensors(finished / "out")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda path: (path / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+        (lambda path: (path / "rng_state.pth").unlink(), "rng_state*.pth is missing"),
+        (lambda path: (path / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+        (lambda path: (path / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+        (lambda path: (path / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+        (lambda path: os.truncate(path / "optimizer.pt", 999), "optimizer.pt is cut short"),
+        (lambda path: os.truncate(path / "scheduler.pt", 0), "scheduler.pt is cut short"),
+        (lambda path: os.truncate(path / "rng_state.pth", 5000), "rng_state.pth is cut short"),
+        (lambda path: os.truncate(path / "adapter_model.safetensors", 9000), "adapter_model.safetensors is cut short"),
+        (lambda path: os.truncate(path / "adapter_model.safetensors", 4), "adapter_model.safetensors is cut short"),
+        (lambda path: os.truncate(path / "adapter_config.json", 9), "adapter_config.json is cut short"),
+        (lambda path: os.truncate(path / "trainer_state.json", 99), "trainer_state.json is cut short"),
+        (
+            lambda path: shutil.copy(path.with_name("checkpoint-6") / "trainer_state.json", path),
+            "trainer_state.json is that of step 6",
+        ),
+        (lambda path: (path / "scaler.pt").write_bytes(b"half"), "scaler.pt is cut short"),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over(stopped: Path, harm: Any, words: str) -> None:
+    folder = stopped / "checkpoints"
+    (folder / "checkpoint-x").mkdir()
+    (folder / "notes").write_text("mine")
+    assert find_checkpoint(folder).newest.step == 8
+    harm(folder / "checkpoint-8")
+    found = find_checkpoint(folder)
+    assert found.newest.step == 6
+    assert list(found.torn) == [folder / "checkpoint-8"]
+    assert words in found.torn[folder / "checkpoint-8"]
+    found.remove_torn()
+    assert not (folder / "checkpoint-8").exists()
+    assert find_checkpoint(folder).torn == {}
+    assert find_checkpoint(stopped / "nowhere").newest is None
+
+
+def test_with_every_checkpoint_torn_the_run_starts_anew(stopped: Path, finished: Path) -> None:
+    for path in (stopped / "checkpoints").iterdir():
+        (path / "optimizer.pt").unlink()
+    result = run("train", "--resume", stopped)
+    assert result.exit_code == 0, result.output
+    for step in (2, 4, 6, 8):
+        assert f"checkpoint-{step} is not whole: optimizer.pt is missing" in result.stdout
+    assert "there is no whole checkpoint: the run starts anew, from step 0" in result.stdout
+    assert tensors(stopped) == tensors(finished / "out")
+    assert metrics_of(stopped)["resumed_at"] == []
+
+
+def test_what_was_half_written_is_removed(stopped: Path) -> None:
+    (stopped / ".adapter.abc.tmp").mkdir()
+    (stopped / ".metrics.json.abc.tmp").write_text("{")
+    (stopped / ".mine.tmp").write_text("")
+    assert run("train", "--resume", stopped, "--quiet").exit_code == 0
+    assert [path.name for path in stopped.glob(".*")] == [".mine.tmp"]
+
+
+def test_a_log_that_lost_its_end_is_gone_on_with(stopped: Path) -> None:
+    log = stopped / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:3]))
+    assert run("train", "--resume", stopped, "--quiet").exit_code == 0
+    events = RunDirectory(stopped).read_events()
+    assert [event["event"] for event in events[:4]] == ["start", "evaluation", "step", "resume"]
+
+
+FREE = [
+    "train.eval_batch_size=8", "train.eval_every=never", "train.save_every=3", "train.save_total_limit=2",
+    "train.logging_steps=1", "train.num_workers=1",
+]  # fmt: skip
+
+
+def test_what_does_not_change_the_run_may_change(stopped: Path, finished: Path) -> None:
+    result = run("train", "--resume", stopped, *FREE, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert tensors(stopped) == tensors(finished / "out")
+    # The best one, which Trainer keeps, and the last.
+    assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"checkpoint-6", "checkpoint-12"}
+    written = yaml.safe_load((stopped / "recipe.yaml").read_text())["train"]
+    assert (written["save_every"], written["logging_steps"]) == (3, 1)
+    steps = [event["step"] for event in RunDirectory(stopped).read_events() if event["event"] == "step"]
+    assert steps[-4:] == [9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.r=3"], ["'method.r' was 2, now 3", "another run", "output="]),
+        (["train.learning_rate=0.1"], ["'train.learning_rate' was 0.02, now 0.1"]),
+        (["train.seed=1", "--replan"], ["'train.seed' was 0, now 1", "with --replan also: ", "train.epochs"]),
+        (["data.max_length=8"], ["'data.max_length' was 16, now 8"]),
+        (["model=all-minilm"], ["'model' was"]),
+        (["train.epochs=3"], ["'train.epochs' was 2.0, now 3.0", "--replan", "over the steps that remain"]),
+        (["train.max_steps=30"], ["'train.max_steps' was None, now 30", "--replan"]),
+        (["train.batch_size=8"], ["'train.batch_size' was 16, now 8", "--replan"]),
+        (["train.gradient_accumulation=2"], ["'train.gradient_accumulation' was 1, now 2", "--replan"]),
+        (["data.max_train_examples=50"], ["'data.max_train_examples' was None, now 50", "--replan"]),
+        (["output=elsewhere"], ["'output'"]),
+        (["train.epoch=3"], ["'train.epoch'", "Did you mean 'train.epochs'?"]),
+        (["recipe.yaml"], ["leave recipe.yaml out"]),
+        (["--overwrite"], ["neither with --dry-run nor with --overwrite"]),
+        (["--dry-run"], ["neither with --dry-run nor with --overwrite"]),
+        (["train.epochs=1.2", "--replan"], ["8 steps are done", "would now have 8", "nothing remains to be trained"]),
+    ],
+)
+def test_what_would_be_another_run_is_refused_and_nothing_is_lost(
+    stopped: Path, overrides: list[str], words: list[str]
+) -> None:
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    message = refused("train", "--resume", stopped, *overrides)
+    for word in words:
+        assert word in message
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_evaluations_of_a_run_that_stops_early_may_not_change(stopped: Path) -> None:
+    recipe = yaml.safe_load((stopped / "recipe.yaml").read_text())
+    recipe["train"] |= {"early_stopping_patience": 1, "eval_every": 2, "save_every": 2}
+    (stopped / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    message = refused("train", "--resume", stopped, "train.eval_every=4", "train.save_every=4")
+    assert "'train.eval_every' was 2, now 4" in message
+
+
+def edit_record(out: Path, change: dict[str, Any]) -> None:
+    path = out / "checkpoints" / "checkpoint-8" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["EventCallback"]["attributes"]["shape"] |= change
+    path.write_text(json.dumps(state))
+
+
+def test_other_data_and_other_processes_are_noticed(stopped: Path) -> None:
+    edit_record(stopped, {"world_size": 2})
+    message = refused("train", "--resume", stopped)
+    assert "checkpoint-8 belongs to another run: world size was 2, now 1" in message
+    assert "--replan" in message
+    edit_record(stopped, {"world_size": 1})
+    recipe = yaml.safe_load((stopped / "recipe.yaml").read_text())
+    data = shutil.copytree(recipe["data"]["source"], stopped.with_name("data"))
+    recipe["data"]["source"] = str(data)
+    (stopped / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with (data / "train.csv").open("a") as file:
+        file.write("a red cat,colour\n")
+    message = refused("train", "--resume", stopped)
+    assert "the data is not the data it was trained on" in message
+    assert "total steps was 12, now 14" in message
+    result = run("train", "--resume", stopped, "--replan", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert metrics_of(stopped)["steps"] == 14
+
+
+def test_replanning_gives_the_run_another_length(stopped: Path) -> None:
+    result = run("train", "--resume", stopped, "--replan", "train.epochs=5")
+    assert result.exit_code == 0, result.output
+    assert "going on from checkpoint-8: 8 of 30 steps are done" in result.stdout
+    metrics = metrics_of(stopped)
+    assert (metrics["steps"], metrics["total_rank"]) == (30, 2 * LINEAR_MODULES)
+    events = RunDirectory(stopped).read_events()
+    assert {"event": "resume", "step": 8, "replanned": True} in events
+    assert yaml.safe_load((stopped / "recipe.yaml").read_text())["train"]["epochs"] == 5
+    # Killed after that, it resumes under its new plan without a word.
+    expected = tensors(stopped), (stopped / "ranks.json").read_bytes()
+    (stopped / "metrics.json").unlink()
+    shutil.rmtree(stopped / "checkpoints" / "checkpoint-30")
+    result = run("train", "--resume", stopped, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert (tensors(stopped), (stopped / "ranks.json").read_bytes()) == expected
+
+
+def test_a_finished_run_can_be_made_longer(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished / "out", tmp_path / "out")
+    assert "'train.epochs' was 2.0, now 3.0" in refused("train", "--resume", out, "train.epochs=3")
+    assert metrics_of(out)["steps"] == 12
+    result = run("train", "--resume", out, "train.epochs=3", "--replan", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert metrics_of(out)["steps"] == 18
+    first, longer = (json.loads((place / "ranks.json").read_text()) for place in (finished / "out", out))
+    assert longer["final"] == first["final"]
+    assert longer["history"] == first["history"]
+
+
+def test_places_without_a_run_are_refused(tmp_path: Path) -> None:
+    assert "there is no directory" in refused("train", "--resume", tmp_path / "nowhere")
+    assert "holds no run to go on with" in refused("train", "--resume", tmp_path)
+    assert "give a recipe" in refused("train")
+    assert "--replan belongs to --resume" in refused("train", write_everything(tmp_path), "--replan")
+
+
+def test_two_processes_do_not_train_in_one_directory(stopped: Path, finished: Path) -> None:
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with RunDirectory(stopped).held():
+        assert "another process is training in" in refused("train", "--resume", stopped)
+        message = refused("train", finished / "recipe.yaml", f"output={stopped}", "--overwrite")
+        assert "another process is training in" in message
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_early_stopping_survives_a_crash_after_it(tmp_path: Path) -> None:
+    """A rate that ruins the model after a good start; the best checkpoint is returned to."""
+    recipe = write_everything(tmp_path)
+    arguments = [
+        "train.epochs=40", "train.eval_every=3", "train.early_stopping_patience=2", "train.learning_rate=0.3",
+        "train.lr_scheduler=constant", "train.max_grad_norm=0", "train.warmup_ratio=0.0", "train.save_total_limit=null",
+    ]  # fmt: skip
+    assert run("train", recipe, *arguments, "--quiet").exit_code == 0
+    out = tmp_path / "out"
+    expected = tensors(out), metrics_of(out)
+    last = max(int(path.name.split("-")[1]) for path in (out / "checkpoints").iterdir())
+    assert last == expected[1]["steps"] < 240
+    for lost in ([], [last]):
+        (out / "metrics.json").unlink()
+        for step in lost:
+            shutil.rmtree(out / "checkpoints" / f"checkpoint-{step}")
+        result = run("train", "--resume", out, "--quiet")
+        assert result.exit_code == 0, result.output
+        assert tensors(out) == expected[0]
+        assert metrics_of(out)["steps"] == last
+        assert metrics_of(out)["scores"] == expected[1]["scores"]
+
+
+def test_whole_models_are_resumed_and_stock_adalora_is_not(tmp_path: Path) -> None:
+    recipe = write_everything(tmp_path)
+    shared = ["train.epochs=2", "train.save_every=2", "train.save_total_limit=null", "--quiet"]
+    out = tmp_path / "out"
+    assert run("train", recipe, "method={name: full}", "train.learning_rate=1e-3", *shared).exit_code == 0
+    expected = (out / "adapter" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoints" / "checkpoint-12")
+    os.truncate(out / "checkpoints" / "checkpoint-10" / "model.safetensors", 10000)
+    (out / "metrics.json").unlink()
+    result = run("train", "--resume", out)
+    assert result.exit_code == 0, result.output
+    assert "checkpoint-10 is not whole: model.safetensors is cut short" in result.stdout
+    assert (out / "adapter" / "model.safetensors").read_bytes() == expected
+    assert run("train", recipe, "method={name: peft-adalora, r: 2}", *shared, "--overwrite").exit_code == 0
+    (out / "metrics.json").unlink()
+    assert "peft-adalora keeps its running averages in no checkpoint" in refused("train", "--resume", out)
+
+
+def test_other_fixes_of_what_is_said(tmp_path: Path) -> None:
+    recipe = write_everything(tmp_path)
+    message = refused("train", recipe, "method.r=0", "train.optimizer=adamm")
+    assert f"{recipe} with train.optimizer=adamm: 'train.optimizer'" in message
+    assert f"{recipe} with method.r=0: section 'method': r=0" in refused("train", recipe, "method.r=0")
+    assert f"{recipe}: unknown key" in refused("train", write_everything(tmp_path), "trane.epochs=1")
+    result = run("train", recipe, METHOD, "train.epochs=2")
+    assert result.stdout.count("step 12:  accuracy") == 1  # scored again after compaction, said once
