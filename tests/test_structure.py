@@ -41,6 +41,7 @@ FLOORS = [
         "attachment",
         "controller",
         "compaction",
+        "static_mixture",
         "plain_lora",
         "rank_setting",
     },

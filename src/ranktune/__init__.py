@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ranktune.integrations.trainer import RankCallback
     from ranktune.methods import DoraConfig, DyLoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig
     from ranktune.rank_setting import set_rank
+    from ranktune.static_mixture import MeanGate, mean_gate
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOME = {
     "DynamicDoraConfig": "ranktune.methods",
     "ExportError": "ranktune.errors",
     "IncreLoraConfig": "ranktune.methods",
+    "MeanGate": "ranktune.static_mixture",
     "MorConfig": "ranktune.methods",
     "RankCallback": "ranktune.integrations.trainer",
     "RankConfig": "ranktune.config",
@@ -46,6 +48,7 @@ _HOME = {
     "active_parameters": "ranktune.adapters",
     "compact": "ranktune.compaction",
     "export_lora": "ranktune.export",
+    "mean_gate": "ranktune.static_mixture",
     "parameter_groups": "ranktune.adapters",
     "ranks": "ranktune.adapters",
     "set_rank": "ranktune.rank_setting",
@@ -62,6 +65,7 @@ __all__ = [
     "DynamicDoraConfig",
     "ExportError",
     "IncreLoraConfig",
+    "MeanGate",
     "MorConfig",
     "RankCallback",
     "RankConfig",
@@ -71,6 +75,7 @@ __all__ = [
     "active_parameters",
     "compact",
     "export_lora",
+    "mean_gate",
     "parameter_groups",
     "ranks",
     "set_rank",

@@ -13,7 +13,7 @@ Where each part lives:
     the forward pass and its gradient        `ranktune.mixture`
     the tensors, and the fixed mixture        `ranktune.routed`
     the load-balancing loss                   `ranktune.balance`
-    a static approximation for merging        `ranktune.mean_gate`
+    a static approximation for merging        `ranktune.static_mixture`
 
 The authors released no code, and the paper leaves much open. What it says nothing or too little about is a field below,
 with our choice as its default; what is fixed here without its word: the router is a linear map without bias of the
