@@ -33,9 +33,14 @@ class ExpertUse:
 
 
 class GateUsage:
-    """Sums over tokens. Adding costs a few small operations and never waits for the device."""
+    """Sums over tokens. Adding costs a few small operations and never waits for the device.
 
-    def __init__(self) -> None:
+    Args:
+        training: whether the tokens that count are those of training, or of evaluation.
+    """
+
+    def __init__(self, training: bool) -> None:
+        self.training = training
         self._sums: Tensor | None = None
         self._tokens = 0
 

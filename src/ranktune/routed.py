@@ -98,8 +98,7 @@ class RoutedUpdate(LowRankUpdate):
             dropout=self.dropout if self.training else 0.0,
             balance=self._balance_leaves(),
         )
-        if self.usage is not None:
-            self.usage.add(gates)
+        self._note(gates)
         return y
 
     def plain_delta(self, x: Tensor, base_output: Tensor, base: Callable[[], Base], scale: float) -> Tensor:
@@ -108,8 +107,7 @@ class RoutedUpdate(LowRankUpdate):
             return super().plain_delta(x, base_output, base, scale)
         dtype = base_output.dtype
         gates = self.gates(x.to(dtype))
-        if self.usage is not None:
-            self.usage.add(gates.detach().flatten(0, -2))
+        self._note(gates.flatten(0, -2))
         if (leaves := self._balance_leaves()) is not None:
             tapped = BalanceTap.apply(gates.flatten(0, -2), x.detach().to(dtype).flatten(0, -2), *leaves)
             gates = cast(Tensor, tapped).view_as(gates)
@@ -138,6 +136,11 @@ class RoutedUpdate(LowRankUpdate):
     def static_B(self, shares: Tensor) -> Tensor:  # noqa: N802
         """``sum_i g_i diag(expert_B_i) B diag(expert_A_i)`` [out, r] for constant gates g [N]."""
         return self.lora_B * ((self.expert_B.T * shares) @ self.expert_A)
+
+    def _note(self, gates: Tensor) -> None:
+        """Count the gates [n, N] for whoever wants to know, in the mode that is asked about."""
+        if self.usage is not None and self.usage.training == self.training:
+            self.usage.add(gates)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedUpdate:
         super()._apply(fn, recurse)

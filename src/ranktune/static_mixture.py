@@ -26,7 +26,7 @@ from ranktune.errors import ConfigError
 from ranktune.gate_usage import GateUsage
 from ranktune.mixture import mixture_delta
 from ranktune.routed import RoutedUpdate
-from ranktune.tuner import RankLayer
+from ranktune.tuner import RankLayer, RankTuner
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _evaluating(model: PeftModel, name: str) -> Iterator[None]:
     finally:
         model.set_adapter(active[0])
         if len(active) > 1:
-            model.base_model.set_adapter(active)
+            cast(RankTuner, model.base_model).set_adapter(active)
         model.train(training)
         for parameter in model.parameters():
             parameter.requires_grad_(required.get(id(parameter), False))
@@ -115,7 +115,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def _mean_gates(model: PeftModel, batches: list[Any], name: str) -> dict[str, Tensor]:
     """Module name to g [N], float32, over all tokens."""
     updates = _routed(model, name)
-    watched, before = {module: GateUsage() for module in updates}, {m: u.usage for m, u in updates.items()}
+    watched, before = {module: GateUsage(training=False) for module in updates}, {m: u.usage for m, u in updates.items()}
     try:
         for module, update in updates.items():
             update.usage = watched[module]

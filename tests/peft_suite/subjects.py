@@ -66,7 +66,9 @@ def _from_row(row: Row) -> Subject:
     """A config class as the shared table has it first."""
     # said although it is the class's default: the suite lowers its learning rate where it sees the keyword
     decomposed = {"use_dora": True} if row.config().use_dora else {}
-    return Subject(row.config_class.__name__, row.config_class, {**row.fields, **decomposed})
+    # the suite's scales are those of PEFT's default
+    alpha = {} if row.config_class().lora_alpha == LoraConfig().lora_alpha else {"lora_alpha": LoraConfig().lora_alpha}
+    return Subject(row.config_class.__name__, row.config_class, {**row.fields, **decomposed, **alpha})
 
 
 _CUSTOM_MODELS: list[tuple[str, str, Kwargs]] = [
