@@ -42,6 +42,7 @@ FLOORS = [
         "controller",
         "compaction",
         "static_mixture",
+        "router_health",
         "plain_lora",
         "rank_setting",
     },

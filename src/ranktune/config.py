@@ -152,6 +152,10 @@ class RankConfig(PeftConfig):
         """The factor on ``B A`` at the start."""
         return alpha / (capacity**0.5 if self.use_rslora else capacity)
 
+    def comparable_parameters(self, in_features: int, out_features: int, rank: int) -> dict[str, int]:  # noqa: ARG002
+        """What adapters of other methods would have on a module at the same rank, for those who compare sizes."""
+        return {}
+
     def make_update(self, in_features: int, out_features: int, capacity: int) -> LowRankUpdate:
         """The tensors for one module, without values."""
         return LowRankUpdate(in_features, out_features, capacity, gated=self.gated, **self.update_options())

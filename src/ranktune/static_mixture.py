@@ -115,7 +115,10 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def _mean_gates(model: PeftModel, batches: list[Any], name: str) -> dict[str, Tensor]:
     """Module name to g [N], float32, over all tokens."""
     updates = _routed(model, name)
-    watched, before = {module: GateUsage(training=False) for module in updates}, {m: u.usage for m, u in updates.items()}
+    watched, before = (
+        {module: GateUsage(training=False) for module in updates},
+        {m: u.usage for m, u in updates.items()},
+    )
     try:
         for module, update in updates.items():
             update.usage = watched[module]

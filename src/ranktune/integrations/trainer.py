@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from ranktune.attachment import active_adapter, adapter_config
 from ranktune.controller import RankChange, RankController, Restart, history_records
 from ranktune.errors import ConfigError
+from ranktune.router_health import RouterHealth
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class RunShape:
 class RankCallback(TrainerCallback, ExportableState):
     """Moves ranks while a Trainer trains; it learns the run's length from the trainer.
 
-    An adapter whose ranks are fixed (``lora``, ``dora``) needs nothing, and the callback then does nothing.
+    An adapter whose ranks are fixed (``lora``, ``dora``) needs nothing, and the callback then does nothing. With
+    ``mor`` it logs how the routers do, and warns when one collapses.
 
     What it knows travels in the Trainer's checkpoints: after ``trainer.train(resume_from_checkpoint=...)`` the history
     is complete, and the run has to have the length it was planned for.
@@ -66,6 +68,7 @@ class RankCallback(TrainerCallback, ExportableState):
 
     Attributes:
         controller: the `RankController` of the latest training run, or None.
+        routers: the `ranktune.router_health.RouterHealth` of the latest training run, or None.
 
     Raises:
         ConfigError: a resumed run has another number of steps, epochs or processes, or other batches, than the rank
@@ -77,6 +80,7 @@ class RankCallback(TrainerCallback, ExportableState):
         self.penalty_in_loss = penalty_in_loss
         self.replan = replan
         self.controller: RankController | None = None
+        self.routers: RouterHealth | None = None
         self._within_budget = False
         self._shape: RunShape | None = None
         self._began = 0
@@ -112,6 +116,7 @@ class RankCallback(TrainerCallback, ExportableState):
         record = self._record_in(state)
         self._shape, self._began = RunShape.of(args, state.max_steps, state.num_train_epochs), state.global_step
         adapter = self.adapter_name or active_adapter(model)
+        self.routers = RouterHealth(model, adapter)
         if adapter_config(model, adapter).needs_controller:
             self.controller = RankController(
                 model,
@@ -194,14 +199,17 @@ class RankCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Add the total rank, and the budget where there is one, to what the trainer logs about a training step."""
-        if self.controller is not None and logs is not None and "loss" in logs:
-            added = {"total_rank": self.controller.total_rank()}
+        """Add to what the trainer logs about a training step: total rank and budget, how the routers do."""
+        if logs is None or "loss" not in logs:
+            return
+        added: dict[str, float] = {} if self.routers is None else self.routers.read(state.global_step)
+        if self.controller is not None:
+            added["total_rank"] = self.controller.total_rank()
             if self.controller.scheduled:
                 added["rank_budget"] = self.controller.budget()
-            logs.update(added)
-            if state.log_history:
-                state.log_history[-1].update(added)
+        logs.update(added)
+        if state.log_history:
+            state.log_history[-1].update(added)
 
     def on_train_end(
         self,
@@ -211,6 +219,8 @@ class RankCallback(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         """Detach, and raise if steps were taken of which none reached the controller."""
+        if self.routers is not None:
+            self.routers.close()
         if self.controller is None:
             return
         if state.global_step > self._began:

@@ -126,6 +126,14 @@ class MorConfig(RankConfig):
     def _routes_start_different(self) -> bool:
         return self.router != "uniform" and self.router_std > 0
 
+    def comparable_parameters(self, in_features: int, out_features: int, rank: int) -> dict[str, int]:
+        """One LoRA, and as many LoRAs as there are experts with a router (MoE-LoRA)."""
+        lora = rank * (in_features + out_features)
+        return {
+            "LoRA": lora,
+            f"MoE-LoRA with {self.num_experts} experts": self.num_experts * (lora + in_features),
+        }
+
     def make_update(self, in_features: int, out_features: int, capacity: int) -> RoutedUpdate:
         """The tensors for one module, without values."""
         return RoutedUpdate(

@@ -40,11 +40,10 @@ def expert_use_figure(routers: Event, title: str) -> Figure:
     return figure
 
 
-def router_entropy_figure(events: Sequence[Event], title: str) -> Figure:
-    """The mean entropy of the gates over the run, and the range over modules."""
-    found = [event for event in events if event["event"] == "routers"]
-    steps = [event["step"] for event in found]
-    entropy = [[module["entropy"] for module in event["modules"].values()] for event in found]
+def router_entropy_figure(routers: Sequence[Event], title: str) -> Figure:
+    """The mean entropy of the gates over the run's ``routers`` events, and the range over modules."""
+    steps = [event["step"] for event in routers]
+    entropy = [[module["entropy"] for module in event["modules"].values()] for event in routers]
     figure, axes = new_figure(7.2, 4.2)
     lowest, highest = [min(row) for row in entropy], [max(row) for row in entropy]
     axes.fill_between(steps, lowest, highest, color=GREY, alpha=0.3, linewidth=0, label="lowest to highest module")

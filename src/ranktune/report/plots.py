@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ranktune.report.curves import Event, loss_figure, metric_figure
+from ranktune.report.expert_use import expert_use_figure, router_entropy_figure
 from ranktune.report.rank_curve import drawn_figure
 from ranktune.report.rank_history import budget_figure, importance_figure, rank_history, rank_history_figure
 from ranktune.report.rank_map import rank_map_figure
@@ -36,6 +37,10 @@ def draw_run(directory: RunDirectory) -> list[Path]:
     if ranks.get("drawn"):
         counts = {int(rank): steps for rank, steps in ranks["drawn"].items()}
         drawn[directory.drawn_picture] = drawn_figure(counts, f"Steps that trained each rank: {run}")
+    if routers := [event for event in events if event["event"] == "routers"]:
+        experts, entropy = directory.router_pictures
+        drawn[experts] = expert_use_figure(routers[-1], f"Use of experts at step {routers[-1]['step']}: {run}")
+        drawn[entropy] = router_entropy_figure(routers, f"Entropy of the routers: {run}")
     for path, figure in drawn.items():
         save(figure, path)
     return list(drawn)

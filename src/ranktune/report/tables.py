@@ -26,6 +26,9 @@ def plan_table(plan: Plan) -> Table:
         f"{plan.trainable:,} trainable parameters ({plan.adapter:,} in the adapter, {plan.other:,} in a new head and "
         f"other modules trained in full), {share:.2%} of the model's {plan.total:,}. Nothing was trained or written."
     )
+    if plan.compared:
+        sizes = ", ".join(f"{name} {count:,} ({plan.adapter / count:.3g} x)" for name, count in plan.compared.items())
+        table.caption += f"\nThe adapter's {plan.adapter:,} beside others of the same ranks: {sizes}."
     if plan.left_out:
         table.caption += f"\n{plan.left_out}"
     table.caption_justify = "left"

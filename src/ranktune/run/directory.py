@@ -60,6 +60,11 @@ class RunDirectory:
         return self.path / "ranks_drawn.png"
 
     @property
+    def router_pictures(self) -> tuple[Path, ...]:
+        """The further pictures of a run with routers."""
+        return tuple(self.path / name for name in ("experts.png", "router_entropy.png"))
+
+    @property
     def rank_curve(self) -> Path:
         return self.path / "rank_curve.csv"
 
@@ -70,7 +75,14 @@ class RunDirectory:
     def contents(self) -> list[Path]:
         """What a run has left here, finished or not; `metrics.json` first, so that removal begins with it."""
         names = (self.metrics, self.adapter, self.ranks, self.log, self.recipe, self.checkpoints, *self.pictures)
-        names = (*names, *self.movement_pictures, self.drawn_picture, self.rank_curve, self.rank_curve_picture)
+        names = (
+            *names,
+            *self.movement_pictures,
+            *self.router_pictures,
+            self.drawn_picture,
+            self.rank_curve,
+            self.rank_curve_picture,
+        )
         return [name for name in names if name.exists()]
 
     def refuse_unless_writable(self, overwrite: bool) -> None:

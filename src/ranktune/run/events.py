@@ -140,6 +140,8 @@ class EventCallback(TrainerCallback, ExportableState):
         names = ("loss", "learning_rate", "grad_norm", "epoch", "rank_budget")
         values = {name: logs[name] for name in names if name in logs}
         self.log.write("step", step=state.global_step, **values, total_rank=sum(ranks_of(model).values()))
+        if self.ranks.routers is not None and (use := self.ranks.routers.latest):
+            self.log.write("routers", step=state.global_step, modules={name: asdict(one) for name, one in use.items()})
 
     def on_evaluate(
         self,

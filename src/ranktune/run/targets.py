@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -37,9 +38,10 @@ class PlannedModule:
 class Plan:
     """What a recipe would train.
 
-    `layout` is what a policy has to know of the adapter; `other` counts trainable parameters outside it (a new head);
-    `total` the model's with its adapter. `left_out`: what `all-linear` does not reach, in a sentence; None for targets
-    that were named.
+    `compared` has the sizes of other methods' adapters on the same modules at the same ranks, where the method's own
+    size invites the question. `layout` is what a policy has to know of the adapter; `other` counts trainable parameters
+    outside it (a new head); `total` the model's with its adapter. `left_out`: what `all-linear` does not reach, in a
+    sentence; None for targets that were named.
     """
 
     modules: list[PlannedModule]
@@ -48,6 +50,7 @@ class Plan:
     other: int
     total: int
     left_out: str | None = None
+    compared: dict[str, int] | None = None
 
     @property
     def trainable(self) -> int:
@@ -145,7 +148,16 @@ def plan(config: RankConfig, skeleton: nn.Module) -> Plan:
         _trainable(model) - adapter,
         total,
         left_out=explain(unreached, everything) if unreached else None,
+        compared=_compared(config, modules),
     )
+
+
+def _compared(config: RankConfig, modules: Iterable[PlannedModule]) -> dict[str, int] | None:
+    total: Counter[str] = Counter()
+    for module in modules:
+        rows, columns = module.shape
+        total.update(config.comparable_parameters(columns, rows, module.rank))
+    return dict(total) or None
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
