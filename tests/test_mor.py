@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ranktune
 from ranktune import ConfigError, MorConfig, RankConfig
 from ranktune.adapters import updates
+from ranktune.report.tables import plan_table
+from ranktune.run.targets import plan
 from ranktune.tuner import RankLayer
 from tests.methods import TARGETS, build_base, inputs, perturb
 
@@ -274,6 +276,32 @@ def test_parameters_of_llama_2_7b(r, millions, share):
     assert len(list(updates(model))) == LLAMA_FFN
     assert found / 1e6 == pytest.approx(millions, abs=0.01)
     assert 100 * found / size == pytest.approx(share, abs=0.002)
+
+
+def llama_2_7b_plan(**fields):
+    config = MorConfig(target_modules=["gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM", **fields)
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
+    return plan(config, base)
+
+
+def test_sizes_beside_lora_and_a_mixture_of_loras():
+    """The specification's: LoRA r = 16 has as many as MoR r = 8, N = 8; a mixture of two LoRAs of r = 8 95 % of it."""
+    found = llama_2_7b_plan(r=8, num_experts=2)
+    assert found.compared["MoE-LoRA with 2 experts"] / 1e6 == pytest.approx(24.4, abs=0.05)
+    eight = llama_2_7b_plan(r=8)
+    assert 2 * eight.compared["LoRA"] / 1e6 == pytest.approx(23.20, abs=0.01)
+    assert eight.adapter / found.compared["MoE-LoRA with 2 experts"] == pytest.approx(0.950, abs=0.001)
+    caption = plan_table(eight).caption
+    assert "The adapter's 23,205,888 beside others of the same ranks: LoRA 11,599,872 (2 x), MoE-LoRA" in caption
+
+
+def test_other_methods_compare_with_nothing():
+    with torch.device("meta"):
+        base = build_base("Linear")
+    found = plan(RankConfig(target_modules=TARGETS), base)
+    assert found.compared is None
+    assert "beside others" not in plan_table(found).caption
 
 
 @pytest.mark.parametrize(

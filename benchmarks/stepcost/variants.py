@@ -22,6 +22,8 @@ from ranktune import (
     compact,
 )
 
+from .naive_mor import NaiveMorConfig
+
 # From rank, adapter dropout and target modules.
 MakeConfig = Callable[[int, float, list[str]], PeftConfig]
 AfterStep = Callable[[int], Any]
@@ -145,6 +147,7 @@ VARIANTS = {
             counted=False,
         ),
         Variant("mor", "ranktune mor (8 experts)", _ours(MorConfig), stock=REFERENCE),
+        Variant("mor-naive", "mor, naive formula", _ours(NaiveMorConfig), stock=REFERENCE, timed=False),
         Variant("dylora", "ranktune dylora", _ours(DyLoraConfig), _attach_controller, stock=REFERENCE),
         Variant(
             "dora-exact", "ranktune dora exact", _ours(DoraConfig, detach_norm=False), stock=STOCK_DORA, timed=False
