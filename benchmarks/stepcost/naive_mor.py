@@ -1,4 +1,4 @@
-"""MoR as its formula reads, from stock operators: every expert's output side by side. `ranktune.mixture` avoids that."""
+"""MoR as its formula reads, from stock operators: every expert's output side by side, as `ranktune.mixture` is not."""
 
 from __future__ import annotations
 

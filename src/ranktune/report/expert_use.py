@@ -36,7 +36,11 @@ def expert_use_figure(routers: Event, title: str) -> Figure:
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_xlabel("expert")
     put_title(axes, title)
-    figure.colorbar(image, ax=axes, label="load (mean gate, %)", boundaries=np.linspace(0, load.max(), 256), pad=0.02)
+    bar = figure.colorbar(
+        image, ax=axes, label="load (mean gate, %)", boundaries=np.linspace(0, load.max(), 256), pad=0.02
+    )
+    bar.locator = MaxNLocator(nbins=6)
+    bar.update_ticks()
     return figure
 
 
