@@ -18,6 +18,7 @@ from ranktune.report.plots import draw_run
 from ranktune.router_health import RouterHealth, has_collapsed
 from ranktune.run.directory import RunDirectory
 from tests.methods import TARGETS, build_base, inputs, perturb
+from tests.test_trainer_callback import build_trainer, callback_of, state_of
 from tests.tiny import write_everything, write_recipe
 
 
@@ -152,3 +153,40 @@ def test_a_run_logs_and_draws_how_its_experts_are_used(tmp_path):
         picture.unlink()
     assert set(directory.router_pictures) <= set(draw_run(directory))
     assert all(picture.exists() for picture in directory.router_pictures)
+
+
+def trainer_for(folder, router, **arguments):
+    fields = {"r": 2, "num_experts": 3, "router": router, "target_modules": TARGETS, "balance_weight": 0.5}
+    return build_trainer(folder, config=MorConfig(**fields), **arguments)
+
+
+@pytest.mark.parametrize("router", ["softmax", "balanced"])
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, router):
+    """Nothing that training depends on is outside the checkpoint; accumulation does not straddle a step."""
+    settings = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 5, "max_steps": 10}
+    whole = trainer_for(tmp_path, router, **settings)
+    whole.train()
+    resumed = trainer_for(tmp_path / "resumed", router, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    expected, found = state_of(whole.model), state_of(resumed.model)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_trainer_logs_how_the_routers_do(tmp_path):
+    trainer = trainer_for(tmp_path, "softmax", max_steps=8)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        assert 0.0 < entry["router_entropy"] <= 1.00001
+        assert 1 / 3 - 1e-5 <= entry["router_top_load"] < 1.0
+    assert callback_of(trainer).controller is None
+    assert all(update.usage is None for _, update in updates(trainer.model))
+
+
+def test_a_trainer_says_nothing_about_routers_there_are_none_of(tmp_path):
+    trainer = build_trainer(tmp_path, config=RankConfig(r=2, target_modules=TARGETS), max_steps=4)
+    trainer.train()
+    assert not [name for entry in trainer.state.log_history for name in entry if name.startswith("router")]

@@ -23,6 +23,7 @@ FLOORS = [
         "orthogonality",
         "recompression",
         "mixture",
+        "processes",
     },
     {"config", "norm_cache", "update", "growing", "nested", "policy", "balance", "gate_usage", "routed"},
     {"methods"},

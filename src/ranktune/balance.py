@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ranktune.magnitude import norm_dtype
+from ranktune.processes import mean_over_processes
 
 
 class BalanceTerm:
@@ -84,17 +85,6 @@ def _add_to_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # 
             # A forward pass that overflowed under a gradient scaler is no step, but what it gathered would stay.
             mean = torch.where(torch.isfinite(mean).all(), mean, 0.0)
             router.grad.add_(mean if scale is None else mean * scale)
-
-
-def mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
-    """The mean of the processes' tensors, in one message."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 register_optimizer_step_pre_hook(_add_to_gradients)

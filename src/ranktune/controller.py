@@ -32,11 +32,11 @@ from ranktune.gradients import (
     FiniteGradients,
     amp_found_inf,
     loss_scale,
-    mean_over_processes,
 )
 from ranktune.magnitude import norm_dtype
 from ranktune.moves import moves_for
 from ranktune.policy import RankState
+from ranktune.processes import mean_over_processes
 from ranktune.update import LowRankUpdate
 
 logger = logging.getLogger("ranktune")
@@ -316,7 +316,7 @@ class RankController:
         if backed_off:
             # A step that a scaler skipped, with no hook called, has left its scores among these.
             return None
-        measured = mean_over_processes(measured / scale)
+        (measured,) = mean_over_processes([measured / scale])
         finite = torch.isfinite(measured)
         if finite.all():
             self._bad_scores_in_a_row = 0

@@ -84,14 +84,6 @@ def loss_scale(optimizer: Optimizer, scaler: Any) -> float:
     return float(getattr(optimizer, "grad_scale", None) or 1.0)
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of the processes' values; a value that is not finite in one of them is not in any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-        values = values / torch.distributed.get_world_size()
-    return values
-
-
 def _all_finite(gradients: Sequence[Tensor | None]) -> bool:
     """Whether every gradient is finite in every process."""
     present = [gradient for gradient in gradients if gradient is not None]
