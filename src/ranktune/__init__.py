@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ranktune.errors import AdapterFileError, ConfigError, DataError, ExportError, RanktuneError, RecipeError
     from ranktune.export import export_lora
     from ranktune.gradients import ControllerError
+    from ranktune.inspect import inspect
     from ranktune.integrations.trainer import RankCallback
     from ranktune.methods import DoraConfig, DyLoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig
     from ranktune.rank_setting import set_rank
@@ -49,6 +50,7 @@ _HOME = {
     "compact": "ranktune.compaction",
     "export_lora": "ranktune.export",
     "mean_gate": "ranktune.static_mixture",
+    "inspect": "ranktune.inspect",
     "parameter_groups": "ranktune.adapters",
     "ranks": "ranktune.adapters",
     "set_rank": "ranktune.rank_setting",
@@ -75,6 +77,7 @@ __all__ = [
     "active_parameters",
     "compact",
     "export_lora",
+    "inspect",
     "mean_gate",
     "parameter_groups",
     "ranks",

@@ -58,6 +58,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     nbytes: int
 
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -109,6 +114,19 @@ def read_adapter(path: str | Path) -> AdapterFile:
     _refuse_pickles(folder)
     tensors = _read_header(_plain_file(folder, TENSOR_FILE))
     return AdapterFile(folder, config, tensors)
+
+
+def check_folder(folder: Path) -> None:
+    """Check what PEFT is about to read: the files that are there, and that no pickle stands in for one.
+
+    Raises:
+        AdapterFileError: as `read_adapter`.
+    """
+    if (folder / CONFIG_FILE).exists():
+        _read_config(_plain_file(folder, CONFIG_FILE))
+    _refuse_pickles(folder)
+    if (folder / TENSOR_FILE).exists():
+        _read_header(_plain_file(folder, TENSOR_FILE))
 
 
 def _plain_file(folder: Path, name: str) -> Path:
@@ -206,7 +224,7 @@ def _stored_tensor(path: Path, name: str, entry: Any) -> tuple[StoredTensor, tup
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"describes tensor {name} by {_short(entry)}")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         _refuse(path, f"holds tensor {name} of the unknown type {_short(dtype)}")
     if not _is_counts(shape) or len(shape) > 8:
         _refuse(path, f"holds tensor {name} of the impossible shape {_short(shape)}")

@@ -24,9 +24,8 @@ from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, ExportError, did_you_mean
 from ranktune.magnitude import gain_offset, norm_dtype, row_norms, weight_norms
 from ranktune.methods import DyLoraConfig
-from ranktune.peft_compat import PREFIX, pattern_value
+from ranktune.peft_compat import FILE_PREFIX, PREFIX, pattern_value
 from ranktune.plain_lora import (
-    FILE_PREFIX,
     PlainLora,
     PlainModule,
     Profile,

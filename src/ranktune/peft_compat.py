@@ -7,6 +7,7 @@ new PEFT release moves something, this is the file to look at.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from peft.config import PeftConfig
@@ -14,13 +15,18 @@ from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
 from peft.utils import PeftType, register_peft_method
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
+from ranktune.adapter_file import check_folder
 from ranktune.config import PEFT_TYPE, RankConfig, config_from_fields
-from ranktune.errors import ConfigError
+from ranktune.errors import AdapterFileError, ConfigError
+from ranktune.update import LowRankUpdate
 
 # Every name of ours in a model or a file begins with this, and PEFT tells our tensors by it.
 PREFIX = PEFT_TYPE.lower() + "_"
+
+# Before every name in an adapter file of PEFT's.
+FILE_PREFIX = "base_model.model."
 
 Value = TypeVar("Value")
 
@@ -48,6 +54,51 @@ class SavedConfig(PeftConfig):
         config = config_from_fields(fields)
         vars(config)["saved"] = True
         return config
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read a configuration of ours; PEFT calls this before it loads an adapter.
+
+        Raises:
+            AdapterFileError: a local folder is torn, contradictory, or holds pickled tensors.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            check_folder(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+
+class CheckedLoading(BaseTuner):
+    """Saved tensors are compared with the model as a whole before the first of them is loaded."""
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's hook between reading an adapter's tensors and loading them.
+
+        Raises:
+            AdapterFileError: those of some module are not all there, or have shapes that do not belong to it.
+        """
+        saved: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, tensor in state_dict.items():
+            module, found, own = name.rpartition(f".{PREFIX}update.")
+            if found:
+                saved.setdefault(module.removeprefix(FILE_PREFIX), {})[own] = tuple(tensor.shape)
+        for name, module in model.named_modules():
+            update = _updates_of(module).get(adapter_name)
+            shapes = saved.get(name.removeprefix(FILE_PREFIX))
+            if isinstance(update, LowRankUpdate) and shapes and (misfit := update.misfit(shapes)) is not None:
+                raise AdapterFileError(f"module {name} of the saved adapter {misfit}. Nothing was loaded.")
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _updates_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Adapter name to update, of a layer of ours; empty for any other module."""
+    updates = getattr(module, f"{PREFIX}update", None)
+    return dict(updates.items()) if isinstance(updates, nn.ModuleDict) else {}
 
 
 def register(tuner: type[BaseTuner]) -> None:

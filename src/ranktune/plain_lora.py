@@ -23,12 +23,9 @@ from torch import Tensor
 
 from ranktune.adapter_file import TENSOR_FILE
 from ranktune.errors import ConfigError, did_you_mean
-from ranktune.peft_compat import pattern_value
+from ranktune.peft_compat import FILE_PREFIX, pattern_value
 
 Profile = Literal["uniform", "compact"]
-
-# Before every name in an adapter file of PEFT's.
-FILE_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)

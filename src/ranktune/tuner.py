@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -27,7 +27,7 @@ import ranktune.methods  # noqa: F401  (registers every method, so that saved ad
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, did_you_mean
 from ranktune.left_out import LeftOutWarning, explain, is_all_linear, left_out
-from ranktune.peft_compat import PREFIX, UnmatchedTargetError, feature_counts, pattern_value, register
+from ranktune.peft_compat import PREFIX, CheckedLoading, UnmatchedTargetError, feature_counts, pattern_value, register
 from ranktune.update import Base, LowRankUpdate
 
 logger = logging.getLogger("ranktune")
@@ -230,7 +230,7 @@ class RankLayer(nn.Module, BaseTunerLayer):
         return quantization_extra_repr(self)
 
 
-class RankTuner(BaseTuner):
+class RankTuner(CheckedLoading):
     """PEFT's handle on a model with our adapters, whatever their methods."""
 
     prefix = PREFIX

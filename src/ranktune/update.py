@@ -7,7 +7,7 @@ least float32 whatever the base's dtype, and row norms are reused while nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -310,6 +310,24 @@ class LowRankUpdate(nn.Module):
                 values = now if old.is_meta or now.is_meta else old.to(now.device)
                 now.data = values.to(norm_dtype(now.dtype))
         return self
+
+    def misfit(self, tensors: Mapping[str, tuple[int, ...]]) -> str | None:
+        """What keeps saved tensors (name to shape) from being loaded here, in words, or None.
+
+        The number of components may be another than here, if it is the same in all of them.
+        """
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if set(tensors) != set(own):
+            missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+            return f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which do not belong to it"
+        listing = {id(tensor): dim for tensor, dim in self.components()}
+        count = tensors["lora_A"][0] if tensors["lora_A"] else 0
+        for name, shape in own.items():
+            if (dim := listing.get(id(getattr(self, name)))) is not None:
+                shape = (*shape[:dim], count, *shape[dim + 1 :])
+            if tensors[name] != shape:
+                return f"has {name} of shape {list(tensors[name])} where {list(shape)} belongs"
+        return None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load, taking the number of components from the file: a compacted adapter has fewer than it started with."""
