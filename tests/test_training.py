@@ -191,7 +191,7 @@ def test_a_crash_leaves_no_metrics(recipe: Path, tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("ranktune.training.draw_run", fail)
+    monkeypatch.setattr("ranktune.run.result.draw_run", fail)
     with pytest.raises(OSError, match="no space"):
         run(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.json").exists()
