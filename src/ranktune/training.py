@@ -30,7 +30,14 @@ from ranktune.run.session import build_trainer, libraries_quiet
 from ranktune.run.targets import Plan
 
 
-def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    file: str | Path,
+    display: Display,
+    *,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
     """Train what the recipe says and leave the result in its output directory.
 
     Args:
@@ -38,6 +45,7 @@ def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool
         file: the recipe's file, for messages.
         display: where progress is shown.
         overwrite: replace a run that is already in the output directory, once the new one is ready to start.
+        callbacks: further Trainer callbacks.
 
     Returns:
         The content of `metrics.json`.
@@ -51,7 +59,7 @@ def train(recipe: Recipe, file: str | Path, display: Display, *, overwrite: bool
         prepared = prepare(recipe, file)
         examples = prepare_examples(prepared)
         _introduce(prepared, display)
-        return _run(prepared, examples, directory, display)
+        return _run(prepared, examples, directory, display, further=callbacks)
 
 
 def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: bool = False) -> dict[str, Any]:
@@ -129,6 +137,7 @@ def _run(
     found: Found | None = None,
     *,
     replan: bool = False,
+    further: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     task, config, seed = prepared.task, prepared.config, prepared.recipe.train.seed
     memory = PeakMemory()
@@ -146,7 +155,8 @@ def _run(
         with EventLog(directory.log, kept.get("log_bytes")) as log:
             ranks = config.callback() if isinstance(config, Baseline) else RankCallback(replan=replan)
             events = EventCallback(log, ranks, prepared.data.fingerprint, kept)
-            trainer = _trainer(prepared, examples, model, ranks, [events, DisplayCallback(display, task.metric)])
+            shown = DisplayCallback(display, task.metric)
+            trainer = _trainer(prepared, examples, model, ranks, [events, shown, *further])
             if resumed is None:
                 log.write("start", **_facts(prepared))
                 events.before = scores_only(trainer.evaluate())

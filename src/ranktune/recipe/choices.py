@@ -84,7 +84,7 @@ def complete_method(method: dict[str, Any], file: str) -> dict[str, Any]:
         ConfigError: the configuration class refuses a value.
     """
     config_class = method_class(method, file)
-    fields = {field.name: field for field in dataclasses.fields(config_class) if field.name not in _SET_BY_THE_RUN}
+    fields = method_fields(config_class)
     for name in method:
         if name in fields or name == "name":
             continue
@@ -103,6 +103,11 @@ def complete_method(method: dict[str, Any], file: str) -> dict[str, Any]:
         complete["target_modules"] = "all-linear"
     method_config(complete, file)
     return complete
+
+
+def method_fields(config_class: type[RankConfig] | type[Baseline]) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a method that a recipe may set, by name."""
+    return {field.name: field for field in dataclasses.fields(config_class) if field.name not in _SET_BY_THE_RUN}
 
 
 def method_class(method: dict[str, Any], file: str) -> type[RankConfig] | type[Baseline]:

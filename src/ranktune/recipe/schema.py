@@ -62,6 +62,8 @@ class DataRecipe(Section):
     train: str | None = None
     evaluation: str | None = None
     evaluation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    # Score on this share of the training examples, and do not train on it: for choosing settings.
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     columns: dict[str, str] = {}
     replace: dict[str, dict[Annotated[str, Field(min_length=1)], str]] = {}
     skip_incomplete: bool = False

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import nn
 from transformers import TrainingArguments
 
 from ranktune.baselines import Baseline, Full
@@ -64,8 +65,16 @@ def prepare(recipe: Recipe, file: str | Path) -> Prepared:
     model = skeleton(source, task, data)
     check_targets(config, model)
     _refuse_half_precision_in_full(config, recipe)
-    planned = baseline_plan(config, model) if isinstance(config, Baseline) else plan(config, model)
-    return Prepared(recipe, source, data, task, config, arguments, planned)
+    return Prepared(recipe, source, data, task, config, arguments, plan_of(config, model))
+
+
+def plan_of(config: RankConfig | Baseline, model: nn.Module) -> Plan:
+    """What the method would train of a model without storage, which it changes.
+
+    Raises:
+        RecipeError: PEFT or the method finds nothing to adapt, or something it cannot adapt.
+    """
+    return baseline_plan(config, model) if isinstance(config, Baseline) else plan(config, model)
 
 
 def prepare_examples(prepared: Prepared) -> Examples:

@@ -53,6 +53,7 @@ def save_result(
         "method": prepared.recipe.method["name"],
         "task": prepared.task.name,
         "metric": metric,
+        "greater_is_better": prepared.task.greater_is_better,
         "before": events.before[metric],
         "after": after[metric],
         **_sizes(model),

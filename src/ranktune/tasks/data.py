@@ -48,6 +48,7 @@ def load_data(recipe: DataRecipe, seed: int) -> Data:
         skipped = len(raw.train) + len(raw.evaluation or ()) - len(train) - len(evaluation)
         train = sample(train, recipe.max_train_examples, seed)
         evaluation = sample(evaluation, recipe.max_eval_examples, _EVALUATION_SEED)
+        train, evaluation = _held_out(train, evaluation, recipe.validation_fraction)
         classes = f" in {len(labels)} classes" if labels else ""
         return Data(
             train=train,
@@ -79,6 +80,16 @@ def _labelled_splits(
     if labels is not None and recipe.labels is None:
         _refuse_untrained_classes(*split, labels)
     return *split, labels
+
+
+def _held_out(
+    train: datasets.Dataset, evaluation: datasets.Dataset, fraction: float | None
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """With a fraction, a part of the training split takes the place of the evaluation split, which nobody then sees."""
+    if fraction is None:
+        return train, evaluation
+    kept, held_out = split_off(_inputs(train), fraction)
+    return train.select(kept), train.select(held_out)
 
 
 def _refuse_untrained_classes(train: datasets.Dataset, evaluation: datasets.Dataset, labels: list[str]) -> None:

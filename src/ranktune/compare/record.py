@@ -1,0 +1,143 @@
+"""The JSON of one run, with the fields of PEFT's method comparison: run_info, train_info, meta_info; and ranks."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from ranktune.compare.grid import Run
+from ranktune.compare.measuring import CostCallback
+
+Event = dict[str, Any]
+
+
+def finished(
+    run: Run,
+    metrics: dict[str, Any],
+    events: Sequence[Event],
+    ranks: dict[str, int],
+    cost: CostCallback,
+    seconds: float,
+) -> dict[str, Any]:
+    """The record of a run that came to its end, well or not: scores that are not finite mean that it diverged."""
+    score, loss = _finite(metrics["after"]), _finite(metrics["scores"]["after"].get("loss"))
+    diverged = score is None or ("loss" in metrics["scores"]["after"] and loss is None)
+    split = "valid" if run.phase == "search" else "test"
+    last = [event for event in events if event["event"] == "step"][-1:]
+    return {
+        "run_info": {**_run_info(run, seconds), "error_msg": "scores are not finite" if diverged else ""},
+        "train_info": {
+            **cost.memory(),
+            "memory_kind": cost.kind,
+            "train_time": cost.seconds,
+            "tokens_per_second": cost.tokens / cost.seconds if cost.seconds else None,
+            "file_size": metrics["adapter_bytes"],
+            "num_trainable_params": metrics["trainable_params"],
+            "num_total_params": metrics["total_params"],
+            "num_adapter_params": metrics["active_params"],
+            "num_training_params": metrics["training_params"],
+            "status": "diverged" if diverged else "success",
+            "metrics": [
+                *_curve(events, metrics["metric"]),
+                {
+                    "step": metrics["steps"],
+                    f"{split} {metrics['metric']}": score,
+                    f"{split} loss": loss,
+                    "train loss": last[0]["loss"] if last else None,
+                    "train samples": round(metrics["samples_per_second"] * metrics["seconds"]),
+                    "train total tokens": cost.tokens,
+                },
+            ],
+        },
+        "meta_info": {
+            "model_info": {"name": metrics["model"]},
+            "dataset_info": metrics["data"],
+            "package_info": {f"{name}-version": version for name, version in metrics["versions"].items()},
+            **_machine(),
+        },
+        "comparison": {
+            **_comparison(run),
+            "metric": metrics["metric"],
+            "greater_is_better": metrics["greater_is_better"],
+            "score": None if diverged else score,
+            "loss": loss,
+            "before": metrics["before"],
+        },
+        "ranks": {"total": metrics["total_rank"], "final": ranks},
+    }
+
+
+def failed(run: Run, reason: str, seconds: float) -> dict[str, Any]:
+    """The record of a run that did not come to its end."""
+    return {
+        "run_info": {**_run_info(run, seconds), "error_msg": reason},
+        "train_info": {"status": "failed", "metrics": []},
+        "meta_info": _machine(),
+        "comparison": {
+            **_comparison(run),
+            "metric": None,
+            "greater_is_better": None,
+            "score": None,
+            "loss": None,
+            "before": None,
+        },
+        "ranks": {"total": None, "final": {}},
+    }
+
+
+def _run_info(run: Run, seconds: float) -> dict[str, Any]:
+    recipe = run.recipe.resolved()
+    return {
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "total_time": seconds,
+        "experiment_name": f"{run.label}/lr-{run.rate:g}/seed-{run.seed}",
+        "peft_branch": None,  # an installed release; see meta_info.package_info
+        "train_config": {key: value for key, value in recipe.items() if key not in ("method", "output")},
+        "peft_config": recipe["method"],
+    }
+
+
+def _comparison(run: Run) -> dict[str, Any]:
+    return {
+        "label": run.label,
+        "phase": run.phase,
+        "learning_rate": run.rate,
+        "seed": run.seed,
+        "budget": run.budget,
+        "fingerprint": run.fingerprint,
+    }
+
+
+def _curve(events: Sequence[Event], metric: str) -> list[dict[str, Any]]:
+    """One entry per evaluation on the way, with the training loss last logged before it."""
+    entries, loss = [], None
+    for event in events:
+        if event["event"] == "step":
+            loss = event.get("loss")
+        elif event["event"] == "evaluation" and event["step"] > 0:
+            entries.append({"step": event["step"], f"valid {metric}": event.get(metric), "train loss": loss})
+    return entries[:-1]  # the last one is the result, and has its own entry
+
+
+def _machine() -> dict[str, Any]:
+    system = platform.uname()
+    return {
+        "system_info": {
+            "system": system.system,
+            "release": system.release,
+            "machine": system.machine,
+            "processor": platform.processor() or system.machine,
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+            "threads": torch.get_num_threads(),
+        },
+        "pytorch_info": torch.__config__.show(),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
