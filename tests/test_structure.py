@@ -50,6 +50,7 @@ FLOORS = [
     },
     {
         "baselines",
+        "compare",
         "export",
         "exporting",
         "inspect",

@@ -13,6 +13,8 @@ from ranktune.compare.grid import Run
 from ranktune.compare.measuring import CostCallback
 from ranktune.compare.record import failed, finished
 from ranktune.compare.store import ATTEMPTS, Store
+from ranktune.methods import DyLoraConfig
+from ranktune.rank_curve import rank_curve, save_curve
 from ranktune.run.directory import RunDirectory
 from ranktune.run.display import SilentDisplay
 from ranktune.training import train
@@ -49,6 +51,8 @@ def _train(run: Run, report: Report) -> dict[str, Any]:
     recipe = run.recipe.model_copy(update={"train": _counting_tokens(run)})
     metrics = train(recipe, run.id, SilentDisplay(), overwrite=True, callbacks=[cost, _Reporter(report)])
     directory = RunDirectory(Path(run.recipe.output))
+    if run.phase == "final" and run.recipe.method["name"] == DyLoraConfig.method_name:
+        save_curve(rank_curve(directory.path, SilentDisplay()), directory.rank_curve)
     ranks = directory.read_ranks()["final"]
     return finished(run, metrics, directory.read_events(), ranks, cost, time.perf_counter() - began)
 

@@ -127,7 +127,9 @@ class _Worker:
     def stop(self) -> None:
         if self._process is None:
             return
-        self._process.terminate()
+        self.connection.close()  # which an idle process takes for the end
+        if self.run is not None:
+            self._process.terminate()
         self._process.join(_STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
@@ -136,7 +138,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, store: Store) -> None:
-    """Train the runs that come through the connection until it closes; an error ends the process, and stands in the log."""
+    """Train the runs that come through the connection until it closes; an error ends the process and is in its log."""
     # Ctrl-C reaches every process of the terminal: the one that started this one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from ranktune.compare.execution import execute

@@ -1,0 +1,238 @@
+"""The interactive figures of report.html (plotly), each a function of a summary or of one run's details."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from ranktune.compare.summary import MethodSummary, Summary
+from ranktune.report.comparison.details import MethodDetails
+from ranktune.report.rank_history import RankHistory
+from ranktune.report.rank_map import rank_grid
+from ranktune.report.style import BLUE, GREEN, GREY, ORANGE
+
+# Okabe and Ito's, and a symbol each: lines are told apart without colour too.
+_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", GREY)
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon", "hexagon")
+
+
+def _figure(height: int, x: str, y: str, **layout: Any) -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(
+        template="simple_white",
+        height=height,
+        margin={"l": 20, "r": 20, "t": 20, "b": 20},
+        font={"size": 14, "family": "system-ui, sans-serif"},
+        xaxis={"title": {"text": x}, "automargin": True, "showgrid": True, "gridcolor": "#E4E4E4"},
+        yaxis={"title": {"text": y}, "automargin": True, "showgrid": True, "gridcolor": "#E4E4E4"},
+        hoverlabel={"font": {"size": 14}},
+    )
+    return figure.update_layout(**layout)
+
+
+def _scored(summary: Summary) -> list[MethodSummary]:
+    return [method for method in summary.methods if method.interval is not None]
+
+
+def _metric(summary: Summary) -> str:
+    return summary.metric.replace("_", " ")
+
+
+def scores(summary: Summary) -> go.Figure:
+    """Mean with its 95 % interval and every seed, a line per method, the first on top."""
+    methods = _scored(summary)
+    figure = _figure(160 + 56 * len(methods), f"{_metric(summary)} on the evaluation data", "")
+    names = [method.label for method in methods]
+    intervals = [method.interval for method in methods if method.interval]
+    figure.add_scatter(
+        x=[interval.mean for interval in intervals],
+        y=names,
+        mode="markers",
+        name="mean, 95 % t-interval",
+        marker={"symbol": "diamond", "size": 13, "color": BLUE},
+        error_x={"array": [interval.half_width or 0.0 for interval in intervals], "color": BLUE, "thickness": 3},
+        hovertemplate="%{y}: mean %{x:.4f}<extra></extra>",
+    )
+    seeds = [(score, method.label, seed) for method in methods for seed, score in method.scores.items()]
+    figure.add_scatter(
+        x=[score for score, *_ in seeds],
+        y=[label for _, label, _ in seeds],
+        customdata=[seed for *_, seed in seeds],
+        mode="markers",
+        name="one seed",
+        marker={"size": 9, "color": "rgba(0,0,0,0)", "line": {"color": "#444444", "width": 1.5}},
+        hovertemplate="%{y}, seed %{customdata}: %{x:.4f}<extra></extra>",
+    )
+    return figure.update_layout(
+        yaxis={"categoryorder": "array", "categoryarray": names[::-1], "ticksuffix": "  "},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+    )
+
+
+def pareto(summary: Summary) -> go.Figure:
+    """Score against trained parameters at the end; the front is marked, and joined by a line."""
+    figure = _figure(520, "trained parameters at the end, head included", _metric(summary))
+    methods = _scored(summary)
+    front = sorted((m for m in methods if m.on_front), key=lambda method: method.trainable or 0.0)
+    figure.add_scatter(
+        x=[method.trainable for method in front],
+        y=[method.interval.mean for method in front if method.interval],
+        mode="lines",
+        line={"shape": "hv", "dash": "dash", "color": GREEN},
+        name="Pareto front",
+        hoverinfo="skip",
+    )
+    for number, method in enumerate(methods):
+        if method.interval is None:
+            continue
+        figure.add_scatter(
+            x=[method.trainable],
+            y=[method.interval.mean],
+            mode="markers",
+            name=method.label + (" (front)" if method.on_front else ""),
+            marker={
+                "size": 14,
+                "symbol": _SYMBOLS[number % len(_SYMBOLS)],
+                "color": _COLOURS[number % len(_COLOURS)],
+                "line": {"width": 2 if method.on_front else 0, "color": "#000000"},
+            },
+            error_y={"array": [method.interval.half_width or 0.0], "color": "#BBBBBB"},
+            hovertemplate=f"{method.label}: %{{x:,.0f}} parameters, %{{y:.4f}}<extra></extra>",
+        )
+    return figure.update_layout(xaxis={"type": "log", "dtick": "D2"}, legend={"x": 1.02, "y": 1.0})
+
+
+def cost(summary: Summary, field: str, scale: float, name: str) -> go.Figure:
+    """One bar per method."""
+    methods = [method for method in _scored(summary) if field in method.costs]
+    figure = _figure(120 + 40 * len(methods), name, "")
+    figure.add_bar(
+        x=[method.costs[field] / scale for method in methods],
+        y=[method.label for method in methods],
+        orientation="h",
+        marker={"color": BLUE},
+        texttemplate="%{x:,.4s}",
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{y}: %{x:,.1f}<extra></extra>",
+    )
+    return figure.update_layout(yaxis={"autorange": "reversed", "ticksuffix": "  "}, margin={"r": 70})
+
+
+def rates(summary: Summary) -> go.Figure:
+    """Score on the validation part at every learning rate that was tried; the chosen one is large."""
+    figure = _figure(520, "learning rate", f"{_metric(summary)} on the validation part")
+    sign = 1.0 if summary.greater_is_better else -1.0
+    for number, method in enumerate(summary.methods):
+        points = [(rate, sign * (trial.score or 0.0)) for rate, trial in method.trials.items() if trial.usable]
+        figure.add_scatter(
+            x=[rate for rate, _ in points],
+            y=[score for _, score in points],
+            mode="lines+markers",
+            name=method.label,
+            line={"color": _COLOURS[number % len(_COLOURS)]},
+            marker={
+                "symbol": _SYMBOLS[number % len(_SYMBOLS)],
+                "size": [16 if rate == method.rate else 9 for rate, _ in points],
+            },
+            hovertemplate=f"{method.label}: %{{x:g}}, %{{y:.4f}}<extra></extra>",
+        )
+    return figure.update_layout(xaxis={"type": "log", "tickformat": ".1e"}, legend={"x": 1.02, "y": 1.0})
+
+
+def rank_map(history: RankHistory) -> go.Figure:
+    """Rank of every module, layers to the right; a slider goes through the moments at which ranks changed."""
+    grids = [
+        rank_grid({module: int(rank) for module, rank in zip(history.modules, history.ranks[:, moment], strict=True)})
+        for moment in range(len(history.steps))
+    ]
+    last = grids[-1]
+    cells = [[[None if np.isnan(rank) else int(rank) for rank in row] for row in grid.ranks] for grid in grids]
+    figure = _figure(220 + 26 * len(last.rows), "layer", "")
+    figure.add_heatmap(
+        z=cells[-1],
+        x=last.columns,
+        y=last.rows,
+        colorscale="Blues",
+        zmin=0,
+        zmax=max(1.0, float(np.nanmax(history.ranks))),
+        xgap=2,
+        ygap=2,
+        texttemplate="%{z}" if last.ranks.size <= 600 else None,
+        colorbar={"title": {"text": "rank"}},
+        hovertemplate="%{y}, layer %{x}: rank %{z}<extra></extra>",
+    )
+    stops = [
+        {"method": "restyle", "label": str(step), "args": [{"z": [moment]}]}
+        for step, moment in zip(history.steps, cells, strict=True)
+    ]
+    slider = {"active": len(stops) - 1, "steps": stops, "currentvalue": {"prefix": "optimizer step "}, "pad": {"t": 60}}
+    return figure.update_layout(
+        sliders=[slider] if len(stops) > 2 else [],
+        xaxis={"type": "category", "showgrid": False},
+        yaxis={"autorange": "reversed", "showgrid": False, "ticksuffix": "  "},
+    )
+
+
+def budget(details: MethodDetails) -> go.Figure:
+    """Total rank and the budget over time."""
+    figure = _figure(360, "optimizer step", "rank-1 components in use")
+    total = [] if details.history is None else details.history.ranks.sum(0).tolist()
+    if details.history is not None:
+        figure.add_scatter(x=details.history.steps, y=total, line={"shape": "hv", "color": BLUE}, name="total rank")
+    if details.budget and max(value for _, value in details.budget) <= 2 * max(total, default=0):
+        # A budget in parameters has another unit.
+        steps, values = zip(*details.budget, strict=True)
+        figure.add_scatter(x=steps, y=values, line={"dash": "dash", "color": ORANGE}, name="budget")
+    return figure.update_layout(yaxis={"rangemode": "tozero"}, showlegend=True)
+
+
+def importance(details: MethodDetails) -> go.Figure:
+    """Everything that was scored, by falling importance; kept and dropped ones told apart."""
+    figure = _figure(360, "by importance", "importance (running average)")
+    scored = [(score, True) for score in details.kept] + [(score, False) for score in details.dropped]
+    placed = [(place, *item) for place, item in enumerate(sorted(scored, key=lambda item: -item[0]), start=1)]
+    for kept, name, color, symbol in ((True, "kept", BLUE, "circle"), (False, "dropped", GREY, "x")):
+        points = [(place, score) for place, score, was_kept in placed if was_kept is kept]
+        if points:
+            figure.add_scatter(
+                x=[place for place, _ in points],
+                y=[score for _, score in points],
+                mode="markers",
+                name=f"{name} ({len(points)})",
+                marker={"color": color, "symbol": symbol, "size": 6},
+            )
+    positive = [score for score, _ in scored if score > 0]
+    wide = bool(positive) and max(positive) > 20 * min(positive)
+    return figure.update_layout(yaxis={"type": "log" if wide else "linear", "exponentformat": "e"}, showlegend=True)
+
+
+def rank_curve(details: MethodDetails, metric: str) -> go.Figure:
+    """DyLoRA's score at every rank, from one checkpoint."""
+    figure = _figure(360, "rank the adapter is cut at", metric.replace("_", " "))
+    return figure.add_scatter(
+        x=[row["rank"] for row in details.curve],
+        y=[row[metric] for row in details.curve],
+        customdata=[row["parameters"] for row in details.curve],
+        mode="lines+markers",
+        marker={"color": BLUE, "size": 9},
+        hovertemplate="rank %{x}: %{y:.4f}, %{customdata:,.0f} parameters<extra></extra>",
+    )
+
+
+def experts(details: MethodDetails) -> go.Figure:
+    """Mean gate of each of MoR's experts in every module."""
+    modules = list(details.experts)
+    figure = _figure(200 + 22 * len(modules), "expert", "")
+    figure.add_heatmap(
+        z=list(details.experts.values()),
+        x=[str(number) for number in range(1, 1 + max(map(len, details.experts.values())))],
+        y=modules,
+        colorscale="Blues",
+        zmin=0,
+        colorbar={"title": {"text": "mean gate"}},
+        hovertemplate="%{y}, expert %{x}: %{z:.3f}<extra></extra>",
+    )
+    return figure.update_layout(yaxis={"autorange": "reversed", "ticksuffix": "  "}, xaxis={"type": "category"})

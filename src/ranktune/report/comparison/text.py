@@ -1,0 +1,194 @@
+"""The words of a report: its tables, what was done, and what the numbers can and cannot show. Also report.md itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ranktune.compare.statistics import what_seeds_can_show
+from ranktune.compare.summary import MethodSummary, Summary
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def score_table(summary: Summary) -> Table:
+    """Method, score with interval, every seed, learning rate."""
+    metric = summary.metric.replace("_", " ")
+    head = ["method", f"{metric}, mean", "95 % interval", "seeds", "every seed", "learning rate"]
+    return head, [
+        [
+            method.label,
+            "-" if method.interval is None else f"{method.interval.mean:.4f}",
+            _bounds(method.interval.low, method.interval.high) if method.interval else "-",
+            f"{len(method.scores)} of {len(summary.seeds)}",
+            ", ".join(f"{score:.4f}" for score in method.scores.values()) or "-",
+            "-" if method.rate is None else f"{method.rate:g}" + (" (edge)" if method.edge else ""),
+        ]
+        for method in summary.methods
+    ]
+
+
+def parameter_table(summary: Summary) -> Table:
+    """What each method ended with, had while it trained, and by how much it missed the budget."""
+    head = ["method", "adapter, at the end", "beside the budget", "all trained, at the end", "at the start", "how"]
+    return head, [
+        [
+            method.label,
+            _count(method.adapter),
+            _residual(method),
+            _count(method.trainable),
+            _count(method.training),
+            method.note,
+        ]
+        for method in summary.methods
+    ]
+
+
+def cost_table(summary: Summary) -> Table:
+    """Time, speed, memory and file."""
+    head = ["method", "training, s", "tokens/s", "memory max", "average", "99th percentile", "file"]
+    return head, [
+        [
+            method.label,
+            _number(method.costs.get("train_time"), "{:,.1f}"),
+            _number(method.costs.get("tokens_per_second"), "{:,.0f}"),
+            *(
+                _size(method.costs.get(f"accelerator_memory_{name}"))
+                for name in ("max", "reserved_avg", "reserved_99th")
+            ),
+            _size(method.costs.get("file_size")),
+        ]
+        for method in summary.methods
+    ]
+
+
+def test_table(summary: Summary) -> Table:
+    """Every method against the reference, seed by seed."""
+    head = ["method", "pairs", "mean difference to lora", "95 % interval", "t-test p", "p, Holm", "signed-rank p"]
+    return head, [
+        [
+            method.label,
+            str(method.test.difference.count),
+            f"{method.test.difference.mean:+.4f}",
+            _bounds(method.test.difference.low, method.test.difference.high, "+.4f"),
+            _number(method.test.p_t, "{:.3g}"),
+            _number(method.p_corrected, "{:.3g}"),
+            _number(method.test.p_wilcoxon, "{:.3g}"),
+        ]
+        for method in summary.methods
+        if method.test is not None
+    ]
+
+
+def what_was_done(summary: Summary) -> list[str]:
+    """The comparison in sentences."""
+    lines = [
+        f"{Path(summary.model).name} on {summary.data}; {summary.steps or 0:,} optimizer steps, the same data in the "
+        f"same order, the same optimizer and schedule for every method at a seed.",
+        f"Every method was given {summary.budget:,} adapter parameters at its end, which is what lora has at the "
+        "recipe's r; the table of parameters says by how much each one misses that, and what it trained at the start.",
+    ]
+    if summary.search_seeds:
+        seeds = "one seed" if summary.search_seeds == 1 else f"{summary.search_seeds} seeds"
+        lines.append(
+            f"Learning rates were chosen with {seeds} on {summary.validation:.0%} of the training data, which the "
+            "search did not train on; the evaluation data was not looked at. The grid has steps of a factor 3.16 and "
+            "grows where its best point is its last; 'edge' says that it ended there all the same."
+        )
+    else:
+        lines.append("Learning rates were not searched: each is the recipe's times a factor for the method.")
+    lines.append(
+        "Intervals are 95 % t-intervals over seeds: they say how well the mean over seeds is known on this evaluation "
+        "data, not how the methods would do on other data."
+    )
+    lines.append(
+        "Time and memory are those of the machine below and of whatever else ran on it; "
+        + (
+            "memory is what the allocator of the GPU had reserved."
+            if summary.memory_kind == "cuda"
+            else "memory is the resident memory of the process, libraries included, sampled after every step."
+        )
+    )
+    return lines
+
+
+def verdict(summary: Summary) -> list[str]:
+    """What the tests say, plainly."""
+    reference = summary.reference
+    if reference is None:
+        return ["There are no scores of plain lora, so nothing is tested against it."]
+    lines = [what_seeds_can_show(len(reference.scores))]
+    sign = 1 if summary.greater_is_better else -1
+    found = [m for m in summary.methods if m.p_corrected is not None and m.p_corrected < 0.05 and m.test]
+    for method in found:
+        mean = method.test.difference.mean if method.test else 0.0
+        word = "better" if sign * mean > 0 else "worse"
+        lines.append(
+            f"{method.label} is {word} than lora by {abs(mean):.4f} (p = {method.p_corrected:.3g} after Holm)."
+        )
+    if not found:
+        lines.append("No method differs significantly from lora here, after Holm's correction for their number.")
+    return lines
+
+
+def troubles(summary: Summary) -> list[str]:
+    """Runs that failed or diverged, and runs that saw other data."""
+    lines = [f"{method.label}: {trouble}" for method in summary.methods for trouble in method.troubles]
+    lines += [
+        f"{name} was trained on other data than the rest; delete its JSON and run again"
+        for name in summary.different_data
+    ]
+    lines += [
+        f"{method.label}: no learning rate was usable, so it was not compared"
+        for method in summary.methods
+        if method.rate is None
+    ]
+    return lines
+
+
+def markdown(summary: Summary, pictures: Sequence[str]) -> str:
+    """report.md."""
+    parts = ["# Comparison", *what_was_done(summary), "## Scores", _markdown_table(score_table(summary))]
+    parts += ["## Parameters", _markdown_table(parameter_table(summary))]
+    parts += ["## Against lora", *verdict(summary)]
+    tests = test_table(summary)
+    parts += [_markdown_table(tests)] if tests[1] else []
+    parts += ["## Time and memory", _markdown_table(cost_table(summary))]
+    if trouble := troubles(summary):
+        parts += ["## Runs that did not end well", "\n".join(f"- {line}" for line in trouble)]
+    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures]
+    parts += ["## Machine", "\n".join(f"- {name}: {value}" for name, value in machine(summary).items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def machine(summary: Summary) -> dict[str, str]:
+    """Machine and versions."""
+    return {name: str(value) for name, value in {**summary.machine, **summary.packages}.items()}
+
+
+def _markdown_table(table: Table) -> str:
+    head, body = table
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _bounds(low: float | None, high: float | None, form: str = ".4f") -> str:
+    return "-" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _residual(method: MethodSummary) -> str:
+    if method.residual is None or not method.budget:
+        return "-"
+    return "0" if method.residual == 0 else f"{method.residual:+,.0f} ({method.residual / method.budget:+.2%})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _size(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**20:,.1f} MiB"
