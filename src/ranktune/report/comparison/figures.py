@@ -44,30 +44,36 @@ def scores(summary: Summary) -> go.Figure:
     """Mean with its 95 % interval and every seed, a line per method, the first on top."""
     methods = _scored(summary)
     figure = _figure(160 + 56 * len(methods), f"{_metric(summary)} on the evaluation data", "")
-    names = [method.label for method in methods]
     intervals = [method.interval for method in methods if method.interval]
+    labels = [method.label for method in methods]
     figure.add_scatter(
         x=[interval.mean for interval in intervals],
-        y=names,
+        y=list(range(len(methods))),
+        customdata=labels,
         mode="markers",
         name="mean, 95 % t-interval",
         marker={"symbol": "diamond", "size": 13, "color": BLUE},
         error_x={"array": [interval.half_width or 0.0 for interval in intervals], "color": BLUE, "thickness": 3},
-        hovertemplate="%{y}: mean %{x:.4f}<extra></extra>",
+        hovertemplate="%{customdata}: mean %{x:.4f}<extra></extra>",
     )
-    seeds = [(score, method.label, seed) for method in methods for seed, score in method.scores.items()]
+    # Below the mean and one below the other: equal scores of two seeds are still two marks.
+    seeds = [
+        (score, row + 0.16 + 0.24 * place / len(method.scores), f"{method.label}, seed {seed}")
+        for row, method in enumerate(methods)
+        for place, (seed, score) in enumerate(method.scores.items())
+    ]
     figure.add_scatter(
         x=[score for score, *_ in seeds],
-        y=[label for _, label, _ in seeds],
-        customdata=[seed for *_, seed in seeds],
+        y=[place for _, place, _ in seeds],
+        customdata=[name for *_, name in seeds],
         mode="markers",
         name="one seed",
-        marker={"size": 9, "color": "rgba(0,0,0,0)", "line": {"color": "#444444", "width": 1.5}},
-        hovertemplate="%{y}, seed %{customdata}: %{x:.4f}<extra></extra>",
+        marker={"size": 8, "color": "rgba(0,0,0,0)", "line": {"color": "#444444", "width": 1.5}},
+        hovertemplate="%{customdata}: %{x:.4f}<extra></extra>",
     )
+    rows = {"tickvals": list(range(len(methods))), "ticktext": labels, "range": [len(methods) - 0.4, -0.6]}
     return figure.update_layout(
-        yaxis={"categoryorder": "array", "categoryarray": names[::-1], "ticksuffix": "  "},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        yaxis={**rows, "ticksuffix": "  "}, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     )
 
 

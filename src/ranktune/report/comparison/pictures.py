@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ranktune.compare.summary import MethodSummary, Summary
 from ranktune.report.style import BLUE, GREEN, GREY, ORANGE, dress, new_figure, save
+
+# Told apart by colour, in Okabe and Ito's palette, and by shape.
+_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", GREY)
+_MARKERS = "osD^v<>P*X"
 
 
 def draw(out: Path, summary: Summary) -> list[Path]:
@@ -40,7 +43,8 @@ def _scores(methods: list[MethodSummary], summary: Summary) -> Figure:
             continue
         if interval.low is not None and interval.high is not None:
             axes.plot([interval.low, interval.high], [row, row], color=BLUE, linewidth=3, alpha=0.35, zorder=2)
-        axes.plot(list(method.scores.values()), [row] * len(method.scores), "o", color=GREY, markersize=5, zorder=3)
+        beside = [row + 0.14 + 0.22 * place / len(method.scores) for place in range(len(method.scores))]
+        axes.plot(list(method.scores.values()), beside, "o", color="none", markeredgecolor="#444444", markersize=5)
         axes.plot(interval.mean, row, "D", color=BLUE, markersize=7, zorder=4)
     axes.set_yticks(range(len(methods)), [method.label for method in methods])
     axes.invert_yaxis()
@@ -52,46 +56,26 @@ def _scores(methods: list[MethodSummary], summary: Summary) -> Figure:
 
 
 def _pareto(methods: list[MethodSummary], summary: Summary) -> Figure:
-    figure, axes = new_figure(8.0, 5.2)
+    figure, axes = new_figure(9.0, 4.8)
     front = sorted((m.trainable or 0.0, m.interval.mean) for m in methods if m.on_front and m.interval)
     axes.step(*zip(*front, strict=True), where="post", color=GREEN, linestyle="--", label="Pareto front", zorder=2)
-    for method in methods:
-        if method.interval is None:
-            continue
-        half = method.interval.half_width
-        axes.errorbar(
-            method.trainable or 0.0,
-            method.interval.mean,
-            yerr=half,
-            fmt="D" if method.on_front else "o",
-            color=GREEN if method.on_front else GREY,
-            ecolor="#C8C8C8",
-            markersize=7,
-            zorder=3,
-        )
-    _label_apart(axes, [(m.trainable or 0.0, m.interval.mean, m.label) for m in methods if m.interval])
+    for number, method in enumerate(methods):
+        if method.interval is not None:
+            axes.errorbar(
+                method.trainable or 0.0,
+                method.interval.mean,
+                yerr=method.interval.half_width,
+                fmt=_MARKERS[number % len(_MARKERS)],
+                color=_COLOURS[number % len(_COLOURS)],
+                ecolor="#C8C8C8",
+                markersize=8,
+                label=method.label + (" (front)" if method.on_front else ""),
+                zorder=3,
+            )
     axes.set_xscale("log")
     dress(axes, "Score against trained parameters", "trained parameters at the end, head included", _metric(summary))
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     return figure
-
-
-def _label_apart(axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Name points of almost the same parameters one above the other at the right, each with a line to its point."""
-    axes.margins(x=0.35, y=0.15)
-    low, high = axes.get_ylim()
-    gap, last = (high - low) * 0.055, float("-inf")
-    for x, y, label in sorted(points, key=lambda point: point[1]):
-        place = max(y, last + gap)
-        last = place
-        axes.annotate(
-            label,
-            (x, y),
-            xytext=(x * 1.12, place),
-            fontsize=9,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.7},
-        )
 
 
 def _cost(methods: list[MethodSummary]) -> Figure:
@@ -116,12 +100,11 @@ def _cost(methods: list[MethodSummary]) -> Figure:
 
 def _rates(methods: list[MethodSummary], summary: Summary) -> Figure:
     figure, axes = new_figure(9.0, 4.8)
-    colours = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", GREY]
     for number, method in enumerate(methods):
         sign = 1.0 if summary.greater_is_better else -1.0
         points = [(rate, sign * (trial.score or 0.0)) for rate, trial in method.trials.items() if trial.usable]
         rates, scores = zip(*points, strict=True)
-        colour, marker = colours[number % len(colours)], "osD^v<>P*X"[number % 10]
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
         axes.plot(rates, scores, color=colour, marker=marker, label=method.label)
     axes.set_xscale("log")
     dress(axes, "Learning rates, on the validation part of the training data", "learning rate", _metric(summary))

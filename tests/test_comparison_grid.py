@@ -1,0 +1,469 @@
+"""The grid of a comparison: methods as asked for, equal parameters, which runs there are, claims, and progress."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranktune.compare.budget import Share
+from ranktune.compare.driver import Options, compare, lay_out
+from ranktune.compare.grid import Grid, Run
+from ranktune.compare.methods import Variant, default_methods, parse_methods
+from ranktune.compare.progress import result_line, seconds_left
+from ranktune.compare.record import failed
+from ranktune.compare.store import ATTEMPTS, Store
+from ranktune.compare.workers import Died, Ended
+from ranktune.errors import ConfigError, RecipeError
+from ranktune.recipe import load_recipe
+from tests.tiny import LINEAR_MODULES, WIDTH, write_everything
+
+# Of rank 1 on the tiny model: 2 layers of (4 square, 2 of 16 x 32) and the pooler; and its output rows.
+COMPONENTS = 2 * (4 * 2 * WIDTH + 2 * 3 * WIDTH) + 2 * WIDTH
+ROWS = 2 * (4 * WIDTH + 3 * WIDTH) + WIDTH
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_everything(tmp_path_factory.mktemp("grid"))
+
+
+def grid_of(recipe: Path, out: Path, methods: str, *overrides: str, **options: Any) -> Grid:
+    asked = Options(parse_methods(methods), options.pop("seeds", 2), out, **options)
+    return lay_out(load_recipe(recipe, overrides), recipe, asked)
+
+
+def record_of(run: Run, score: float | None, status: str = "success", seconds: float = 2.0) -> dict[str, Any]:
+    record = failed(run, "", seconds)
+    record["train_info"]["status"] = status
+    record["comparison"] |= {"score": score, "loss": 1.0, "metric": "accuracy", "greater_is_better": True}
+    return record
+
+
+def test_methods_are_parsed() -> None:
+    variants = parse_methods("lora, dynamic-dora[dem_weight=0, init_r=12],mor[num_experts=4],dylora[ranks=[1, 2],r=2]")
+    assert [(variant.name, variant.fields) for variant in variants] == [
+        ("lora", {}),
+        ("dynamic-dora", {"dem_weight": 0, "init_r": 12}),
+        ("mor", {"num_experts": 4}),
+        ("dylora", {"ranks": [1, 2], "r": 2}),
+    ]
+    assert variants[1].slug == "dynamic-dora-dem_weight-0-init_r-12".replace("_", "-")
+    names = [variant.name for variant in default_methods()]
+    assert {"lora", "dora", "dynamic-dora", "increlora", "peft-lora", "peft-dora", "peft-adalora", "full"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no method"),
+        ("lora,lora", "twice"),
+        ("lora[r=2", "not a method"),
+        ("lora[r]", "not an override"),
+        ("lora[a.b=1]", "one field"),
+    ],
+)
+def test_methods_that_cannot_be_are_refused(text: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_methods(text)
+
+
+def test_unknown_methods_and_fields_are_refused_before_anything_is_written(recipe: Path, tmp_path: Path) -> None:
+    for methods, words in (("lorra", "Did you mean 'lora'"), ("lora[rr=2]", "unknown key 'method.rr'")):
+        with pytest.raises(RecipeError, match=words):
+            grid_of(recipe, tmp_path / "out", methods)
+    short = "dynamic-dora[warmup_ratio=0.6,final_ratio=0.3]"
+    with pytest.raises(ConfigError, match=r"dynamic-dora.*: .*too short.*optimizer steps"):
+        grid_of(recipe, tmp_path / "out", f"lora,{short}", "train.max_steps=1")
+    with pytest.raises(RecipeError, match="early_stopping"):
+        grid_of(recipe, tmp_path / "out", "lora", "train.early_stopping_patience=2")
+    with pytest.raises(RecipeError, match="validation_fraction"):
+        grid_of(recipe, tmp_path / "out", "lora", "data.validation_fraction=0.5")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_method_gets_the_same_number_of_parameters(recipe: Path, tmp_path: Path) -> None:
+    methods = "lora,dora,peft-lora,peft-dora,dynamic-dora,increlora,dylora,peft-adalora,full"
+    grid = grid_of(recipe, tmp_path, methods, "method.r=4", "method.lora_alpha=8", "train.epochs=5")
+    budget = 4 * COMPONENTS
+    assert grid.budget == budget
+    shares = {variant.label: share for variant, share in grid.shares}
+    for label in ("lora", "peft-lora", "dylora", "dynamic-dora", "increlora"):
+        assert shares[label].planned == budget, label
+    for label in ("lora", "peft-lora", "dylora"):
+        assert shares[label].method["r"] == 4
+        assert shares[label].method["lora_alpha"] == 8
+    for label in ("dora", "peft-dora"):
+        share = shares[label]
+        # Short of the budget by less than the cheapest component, in + out.
+        assert share.planned is not None
+        assert 0 <= budget - share.planned < 2 * WIDTH
+        wider = share.method["rank_pattern"]
+        assert share.method["r"] == 3
+        assert set(wider.values()) == {4}
+        assert share.planned == 3 * COMPONENTS + ROWS + sum(
+            3 * WIDTH
+            if "intermediate" in name or "r.0.output.dense" in name or "r.1.output.dense" in name
+            else 2 * WIDTH
+            for name in wider
+        )
+        # Every module keeps the recipe's scale, alpha / r = 2.
+        assert share.method["lora_alpha"] == 6
+        assert set(share.method["alpha_pattern"].values()) == {8}
+        layers = {name.split("layer.")[1][0] for name in wider if "layer." in name}
+        assert layers == {"0", "1"}  # spread over the model
+    assert shares["dynamic-dora"].method["target_params"] == budget
+    assert shares["full"].budget is None
+    assert shares["full"].planned is None
+    assert shares["peft-adalora"].planned == budget + 4 * LINEAR_MODULES  # a value of E for every component
+
+
+def test_a_magnitude_comes_off_the_budget_in_parameters(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "dynamic-dora[use_dora=true]", "method.r=4", "train.epochs=5")
+    share = grid.shares[0][1]
+    assert share.method["target_params"] == 4 * COMPONENTS - ROWS
+
+
+def test_ranks_set_by_hand_are_left_alone_and_the_scale_follows_rslora(recipe: Path, tmp_path: Path) -> None:
+    overrides = ("method.r=4", "method.lora_alpha=8", "method.use_rslora=true")
+    grid = grid_of(recipe, tmp_path, "lora[r=1],dora", *overrides)
+    (_, by_hand), (_, dora) = grid.shares
+    assert (by_hand.method["r"], by_hand.method["lora_alpha"]) == (1, 8)
+    assert (by_hand.budget, by_hand.planned) == (None, COMPONENTS)
+    assert "by hand" in by_hand.note
+    assert dora.method["lora_alpha"] / 3**0.5 == pytest.approx(8 / 4**0.5)
+
+
+def test_a_budget_below_the_smallest_rank_is_missed_openly(recipe: Path, tmp_path: Path) -> None:
+    share = grid_of(recipe, tmp_path, "dora", "method.r=1").shares[0][1]
+    assert share.method["r"] == 1
+    assert share.planned == COMPONENTS + ROWS
+    assert share.budget == COMPONENTS
+
+
+def test_all_methods_run_on_the_same_recipe_and_only_the_search_holds_data_out(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path / "out", "lora,dynamic-dora,full", "train.epochs=5", "train.seed=7")
+    searches = grid.wanted({})
+    assert {run.phase for run in searches} == {"search"}
+    assert len(searches) == 9
+    assert {run.recipe.data.validation_fraction for run in searches} == {0.1}
+    rates = {label: [run.rate for run in searches if run.label == label] for label in ("lora", "dynamic-dora", "full")}
+    assert rates["lora"] == [0.00632, 0.02, 0.0632]
+    assert rates["dynamic-dora"] == [0.0632, 0.2, 0.632]
+    assert rates["full"] == [0.000632, 0.002, 0.00632]
+    records = {run.id: record_of(run, 0.5 if "lr0.02" in run.id or run.label != "lora" else 0.4) for run in searches}
+    finals = [run for run in grid.wanted(records) if run.phase == "final"]
+    assert {(run.label, run.rate, run.seed) for run in finals} == {
+        ("lora", 0.02, 7), ("lora", 0.02, 8),
+        ("dynamic-dora", 0.2, 7), ("dynamic-dora", 0.2, 8),
+        ("full", 0.002, 7), ("full", 0.002, 8),
+    }  # fmt: skip
+    for run in finals:
+        values = run.recipe.resolved()
+        assert values["data"]["validation_fraction"] is None
+        for name in ("learning_rate", "seed", "save_every"):
+            del values["train"][name]
+        reference = finals[0].recipe.resolved()
+        assert values["data"] == reference["data"]
+        assert values["train"] == {key: value for key, value in reference["train"].items() if key in values["train"]}
+        assert run.recipe.train.save_every == "never"
+
+
+def test_a_failed_rate_is_spoilt_and_a_method_without_any_is_left_out(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora,dora", search_seeds=2, seeds=1)
+    records: dict[str, Any] = {}
+    while missing := [run for run in grid.wanted(records) if run.id not in records]:
+        for run in missing:
+            diverged = run.label == "dora" or (run.rate == 0.02 and run.seed == 1)
+            records[run.id] = record_of(run, None if diverged else 0.5, "diverged" if diverged else "success")
+    finals = [run for run in grid.wanted(records) if run.phase == "final"]
+    assert [(run.label, run.seed) for run in finals] == [("lora", 0)]
+    assert finals[0].rate != 0.02
+    tried = [variant for variant, _ in grid.shares if variant.label == "dora"]
+    assert sorted(grid.trials(tried[0], records)) == [0.000632, 0.002, 0.00632, 0.02, 0.0632]
+
+
+def test_a_loss_is_searched_downwards(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora", seeds=1)
+    searches = grid.wanted({})
+    records = {run.id: record_of(run, score) for run, score in zip(searches, (3.0, 1.0, 2.0), strict=True)}
+    for record in records.values():
+        record["comparison"]["greater_is_better"] = False
+    assert [run.rate for run in grid.wanted(records) if run.phase == "final"] == [0.02]
+
+
+def test_without_a_search_the_factor_decides(recipe: Path, tmp_path: Path) -> None:
+    runs = grid_of(recipe, tmp_path, "lora,full", search=False).wanted({})
+    assert {(run.phase, run.label, run.rate) for run in runs} == {("final", "lora", 0.02), ("final", "full", 0.002)}
+
+
+@pytest.fixture
+def run(recipe: Path, tmp_path: Path) -> Run:
+    return grid_of(recipe, tmp_path, "lora", search=False).wanted({})[0]
+
+
+def test_results_of_other_settings_are_refused_by_name(run: Run, recipe: Path, tmp_path: Path) -> None:
+    store = Store(run_folder(run))
+    store.start()
+    store.write(run, record_of(run, 0.5))
+    store.refuse_others(run)
+    other = grid_of(recipe, tmp_path, "lora", "train.batch_size=8", search=False).wanted({})[0]
+    assert other.id == run.id
+    with pytest.raises(RecipeError, match=r"train\.batch_size: 16 then, 8 now.*another --out"):
+        store.refuse_others(other)
+    moved = replace(run, recipe=run.recipe.model_copy(update={"output": "elsewhere"}))
+    assert moved.fingerprint == run.fingerprint
+
+
+def run_folder(run: Run) -> Path:
+    return Path(run.recipe.output).parent
+
+
+def _hold(folder: Path, run: Run, held: Any, release: Any) -> None:
+    with Store(folder).claim(run) as mine:
+        held.put(mine)
+        release.wait(60)
+
+
+def test_a_claim_keeps_others_out_and_falls_with_its_process(run: Run) -> None:
+    store = Store(run_folder(run))
+    store.start()
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Queue(), context.Event()
+    holder = context.Process(target=_hold, args=(store.folder, run, held, release))
+    holder.start()
+    assert held.get(timeout=120) is True
+    with store.claim(run) as mine:
+        assert mine is False
+    os.kill(holder.pid or 0, signal.SIGKILL)
+    holder.join()
+    with store.claim(run) as mine:
+        assert mine is True
+    store.write(run, record_of(run, 0.5))
+    with store.claim(run) as mine:
+        assert mine is False  # it was finished between the look at the records and the lock
+
+
+def test_attempts_are_counted_until_the_run_is_finished_or_forgiven(run: Run) -> None:
+    store = Store(run_folder(run))
+    store.start()
+    assert [store.begin(run) for _ in range(ATTEMPTS + 1)] == [1, 2, 3]
+    store.forgive(run)
+    assert store.begin(run) == 1
+    store.write(run, record_of(run, 0.5))
+    assert store.begin(run) == 1
+
+
+def test_failures_are_forgotten_on_request_and_damaged_records_are_named(run: Run) -> None:
+    store = Store(run_folder(run))
+    store.start()
+    store.write(run, failed(run, "Traceback...\nValueError: no", 1.0))
+    assert store.forget_failures() == 1
+    assert store.records() == {}
+    (store.folder / "x.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"x\.json is not JSON.*Delete it"):
+        store.records()
+    (store.folder / "x.json").write_text("{}")
+    with pytest.raises(RecipeError, match="no record of a comparison"):
+        store.records()
+
+
+class FakePool:
+    """Finishes, loses or kills runs as the test says, without training."""
+
+    def __init__(self, store: Store, scores: Any) -> None:
+        self.store, self.scores, self.running, self.started = store, scores, [], []
+
+    free = property(lambda self: 1 - len(self.running))
+
+    def __enter__(self) -> FakePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start(self, run: Run) -> None:
+        self.running.append(run)
+        self.started.append(run.id)
+
+    def news(self, seconds: float) -> Any:  # noqa: ARG002
+        run = self.running.pop()
+        result = self.scores(run)
+        if isinstance(result, str):
+            yield Died(run, result)
+        elif isinstance(result, BaseException):
+            self.running.append(run)
+            raise result
+        else:
+            self.store.write(run, record_of(run, result))
+            yield Ended(run, True)
+
+
+class Lines:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.seen: list[tuple[float, int]] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def at(self, done: float, total: int, words: str) -> None:  # noqa: ARG002
+        self.seen.append((done, total))
+
+
+def worked(grid: Grid, scores: Any) -> tuple[list[str], Lines]:
+    pools: list[FakePool] = []
+
+    def pool_of(store: Store) -> FakePool:
+        pools.append(FakePool(store, scores))
+        return pools[-1]
+
+    lines = Lines()
+    try:
+        compare(grid, pool_of, lines)
+    finally:
+        grid_started = pools[0].started if pools else []
+    return grid_started, lines
+
+
+def test_the_whole_grid_is_trained_once_and_failures_do_not_stop_it(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora,dora", seeds=2)
+
+    def scores(run: Run) -> float | str:
+        if run.label == "dora" and run.phase == "final" and run.seed == 1:
+            return "Traceback (most recent call last):\nRuntimeError: out of memory"
+        return {0.02: 0.6}.get(run.rate, 0.5)
+
+    started, lines = worked(grid, scores)
+    assert len(started) == len(set(started)) == 10
+    records = Store(grid.runs).records()
+    assert records.keys() == set(started)
+    broken = [name for name, record in records.items() if record["train_info"]["status"] == "failed"]
+    assert broken == ["dora-final-lr0.02-seed1"]
+    assert "out of memory" in records[broken[0]]["run_info"]["error_msg"]
+    assert any("dora lr 0.02 seed 1: failed (RuntimeError: out of memory)" in line for line in lines.said)
+    assert any(line.startswith("[10/10]") for line in lines.said)
+    assert lines.seen[-1][1] == 10
+    assert worked(grid, scores)[0] == []  # nothing is repeated
+    more = replace(grid, seeds=(0, 1, 2))
+    assert worked(more, scores)[0] == ["lora-final-lr0.02-seed2", "dora-final-lr0.02-seed2"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_interrupted_run_is_not_counted(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora", seeds=2, search=False)
+    store = Store(grid.runs)
+    store.start()
+    second = grid.wanted({})[1]
+    store.begin(second)
+    with pytest.raises(KeyboardInterrupt):
+        worked(grid, lambda run: KeyboardInterrupt() if run.seed == 1 else 0.5)
+    assert len(store.records()) == 1
+    assert store.begin(second) == 1
+
+
+def test_time_left_is_told_by_runs_of_the_same_kind(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora,dora", seeds=2, search=False)
+    runs = grid.wanted({})
+    assert seconds_left(runs, {}, {}, 1) is None
+    records = {runs[0].id: record_of(runs[0], 0.5, seconds=10.0), runs[2].id: record_of(runs[2], 0.5, seconds=30.0)}
+    assert seconds_left(runs, records, {}, 1) == pytest.approx(40.0)
+    assert seconds_left(runs, records, {runs[3].id: 0.5}, 2) == pytest.approx((10 + 15) / 2)
+    only = {runs[0].id: records[runs[0].id]}
+    assert seconds_left(runs, only, {}, 1) == pytest.approx(30.0)
+    line = result_line(runs[0], records[runs[0].id], 1, 4, 75.0)
+    assert line == "[1/4] lora lr 0.02 seed 0: accuracy 0.5000 in 0:10; about 1:15 left"
+
+
+def test_ray_is_asked_for_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from ranktune.compare.ray_pool import load_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RecipeError, match=r"pip install 'ranktune\[ray\]'"):
+        load_ray()
+
+
+def test_runs_go_through_ray(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in with Ray's own calls: resources, remote functions, wait, get, errors, cancel."""
+    import types
+
+    from ranktune.compare import ray_pool
+
+    class RayError(Exception):
+        pass
+
+    asked: dict[str, Any] = {}
+    cancelled = []
+
+    class Reference:
+        def __init__(self, call: Any) -> None:
+            self.call = call
+
+    class Remote:
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        def remote(self, *arguments: Any) -> Any:
+            return Reference(lambda: self.function(*arguments))
+
+    def remote(**options: Any) -> Any:
+        asked.update(options)
+        return Remote
+
+    def get(reference: Any) -> Any:
+        try:
+            return reference.call()
+        except ValueError as error:
+            raise RayError(f"task failed: {error}") from error
+
+    ray = types.SimpleNamespace(
+        init=lambda **_: None, cluster_resources=lambda: {"CPU": 8, "GPU": 2}, remote=remote, get=get,
+        wait=lambda references, num_returns, timeout: (references[:num_returns], []),  # noqa: ARG005
+        cancel=lambda reference, force: cancelled.append((reference, force)),
+        exceptions=types.SimpleNamespace(RayError=RayError),
+    )  # fmt: skip
+    results: list[Any] = [True, ValueError("no such device")]
+
+    def execute(*_: Any) -> Any:
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(ray_pool, "execute", execute)
+    with ray_pool.RayPool(Store(run_folder(run)), ray) as pool:
+        assert pool.free == 2
+        assert asked == {"num_gpus": 1, "max_retries": 0}
+        assert list(pool.news(0.1)) == []
+        pool.start(run)
+        assert (pool.free, pool.running) == (1, [run])
+        assert list(pool.news(0.1)) == [Ended(run, True)]
+        pool.start(run)
+        assert list(pool.news(0.1)) == [Died(run, "task failed: no such device")]
+        pool.start(run)
+    assert [force for _, force in cancelled] == [True]
+
+
+def test_a_share_is_told_in_words() -> None:
+    from ranktune.compare.budget import residual_words
+
+    shares = [("a", Share({}, 100, 100, "r=2")), ("b", Share({}, 100, 97, "x")), ("c", Share({}, None, None, "all"))]
+    assert residual_words(shares) == [
+        "a: 100 adapter parameters, exactly the budget; r=2",
+        "b: 97 adapter parameters, -3 (-3.00%) beside the budget; x",
+        "c: all",
+    ]
+
+
+def test_variants_take_the_recipes_words_that_mean_the_same() -> None:
+    recipe = {"name": "dora", "r": 4, "use_dora": True, "lora_alpha": 8, "dora_dropout": "low_rank_path"}
+    assert Variant("lora", "lora", {}).section(recipe, "r.yaml") == {"name": "lora", "r": 4, "lora_alpha": 8}
+    assert Variant("dora", "dora", {"r": 2}).section(recipe, "r.yaml") == {**recipe, "r": 2}
+    assert json.dumps(Variant("full", "full", {}).section(recipe, "r.yaml")) == '{"name": "full"}'

@@ -1,0 +1,273 @@
+"""The report of a comparison from made-up records: numbers, words, files, and the page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ranktune.compare.budget import Share
+from ranktune.compare.grid import Grid
+from ranktune.compare.methods import parse_methods
+from ranktune.compare.record import failed
+from ranktune.compare.store import Store
+from ranktune.compare.summary import Summary, summarise
+from ranktune.recipe import Recipe
+from ranktune.report.comparison import write_report
+from ranktune.report.comparison.details import read_details
+from tests.browser import Browser, find_browser
+
+SCORES = {
+    "lora": [0.70, 0.72, 0.71],
+    "dynamic-dora": [0.75, 0.78, 0.74],
+    "dylora": [0.69, 0.70, None],
+    "mor[num_experts=2]": [0.71, 0.71, 0.71],
+    "full": [0.80, 0.79, 0.81],
+    "<b>&lora[r=1]": [None, None, None],
+}
+PARAMETERS = {"lora": 1000, "dynamic-dora": 998, "dylora": 1000, "mor[num_experts=2]": 1100, "full": 90_000}
+MODULES = [f"bert.encoder.layer.{layer}.{kind}" for layer in range(3) for kind in ("query", "output.dense")]
+
+
+def variants() -> list[Any]:
+    known = parse_methods(",".join(label for label in SCORES if not label.startswith("<")))
+    odd = parse_methods("lora[r=1]")[0]
+    return [*known, type(odd)("<b>&lora[r=1]", "lora", {"r": 1})]
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary, Store]:
+    """Records of a whole grid, and run directories of some of its runs."""
+    out = tmp_path_factory.mktemp("comparison")
+    shares = tuple((v, Share({"name": v.name}, None if v.name == "full" else 1000, 1000, "r=2")) for v in variants())
+    recipe = Recipe(method={"name": "lora", "r": 2}, output="unused")
+    grid = Grid(recipe, shares, (0, 1, 2), (0,), 0.1, 1000, out / "runs")
+    store = Store(grid.runs)
+    store.start()
+    centres = {variant.label: 1e-3 * variant.learning_rate_factor for variant, _ in shares}
+    while missing := [run for run in grid.wanted(store.records()) if not (store.folder / f"{run.id}.json").exists()]:
+        for run in missing:
+            record = failed(run, "Traceback\nValueError: <script>no</script>", 1.0)
+            score = (
+                SCORES[run.label][run.seed]
+                if run.phase == "final"
+                else 0.6 - abs(np.log10(run.rate / centres[run.label]))
+            )
+            if run.label.startswith("<"):
+                score = None
+            if score is not None:
+                _succeed(record, score, PARAMETERS[run.label])
+            store.write(run, record)
+    _run_directory(store.folder / "dynamic-dora-final-lr0.01-seed0", moving=True)
+    _run_directory(store.folder / "dylora-final-lr0.001-seed0", moving=False)
+    (store.folder / "dylora-final-lr0.001-seed0" / "rank_curve.csv").write_text(
+        "rank,parameters,adapter_bytes,loss,accuracy\n1,500,2500,1.2,0.6\n2,1000,5000,1.1,0.69\n"
+    )
+    _run_directory(store.folder / "mor-num-experts-2-final-lr0.001-seed0", moving=False, experts=True)
+    return out, summarise(grid, store.records()), store
+
+
+def _succeed(record: dict[str, Any], score: float, parameters: int) -> None:
+    record["comparison"] |= {"score": float(score), "loss": 1.0, "metric": "accuracy", "greater_is_better": True}
+    record["run_info"]["error_msg"] = ""
+    record["train_info"] = {
+        "accelerator_memory_reserved_avg": 100 << 20, "accelerator_memory_max": 120 << 20,
+        "accelerator_memory_reserved_99th": 119 << 20, "memory_kind": "process", "train_time": 12.5,
+        "tokens_per_second": 1234.0, "file_size": 3 << 20, "num_trainable_params": parameters + 34,
+        "num_total_params": 100_000, "num_adapter_params": parameters, "num_training_params": parameters + 500,
+        "status": "success", "metrics": [{"step": 40}],
+    }  # fmt: skip
+    record["meta_info"] |= {
+        "model_info": {"name": "tiny"},
+        "dataset_info": {"description": "made up", "fingerprint": "f"},
+        "package_info": {"torch-version": "2"},
+    }
+
+
+def _run_directory(folder: Path, moving: bool, experts: bool = False) -> None:
+    folder.mkdir()
+    history, events = [], []
+    if moving:
+        history = [
+            {"step": 10 * (number + 1), "module": module, "old": 3, "new": number % 4, "score": 0.1}
+            for number, module in enumerate(MODULES)
+        ]
+        events = [
+            {"event": "step", "step": step, "loss": 1.0, "rank_budget": 18 - step / 5} for step in range(0, 61, 10)
+        ]
+    final = {module: (number % 4 if moving else 2) for number, module in enumerate(MODULES)}
+    importance = {"importance": {m: {"kept": [0.5, 0.01], "dropped": [0.001]} for m in MODULES}} if moving else {}
+    (folder / "ranks.json").write_text(json.dumps({"final": final, "history": history, **importance}))
+    if experts:
+        events += [{"event": "experts", "step": 40, "module": module, "load": [0.25, 0.75]} for module in MODULES]
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_summaries_are_what_the_records_say(comparison: tuple[Path, Summary, Store]) -> None:
+    _, summary, _ = comparison
+    methods = {method.label: method for method in summary.methods}
+    assert list(methods) == list(SCORES)
+    found = methods["dynamic-dora"]
+    assert found.rate == 0.01  # the best of the search
+    assert methods["lora"].rate == 0.001
+    assert found.scores == {0: 0.75, 1: 0.78, 2: 0.74}
+    assert found.interval is not None
+    assert found.interval.mean == pytest.approx(np.mean([0.75, 0.78, 0.74]))
+    assert found.test is not None
+    assert found.test.p_t == pytest.approx(stats.ttest_rel(SCORES["dynamic-dora"], SCORES["lora"]).pvalue)
+    assert found.residual == -2
+    assert methods["full"].residual is None
+    partly = methods["dylora"].test
+    assert partly is not None
+    assert partly.difference.count == 2  # the seeds both have
+    assert "seed 2 failed: ValueError" in methods["dylora"].troubles[0]
+    nothing = methods["<b>&lora[r=1]"]
+    assert (nothing.rate, nothing.interval, nothing.test, nothing.on_front) == (None, None, None, False)
+    assert methods["lora"].test is None
+    front = {label for label, method in methods.items() if method.on_front}
+    assert front == {"dynamic-dora", "full"}
+    raw = [m.test.p_t for m in summary.methods if m.test and m.test.p_t is not None]
+    assert methods["full"].p_corrected == pytest.approx(min(1.0, min(raw) * len(raw)))
+    assert summary.different_data == []
+
+
+def test_other_data_is_noticed(comparison: tuple[Path, Summary, Store], tmp_path: Path) -> None:
+    _, _, store = comparison
+    records = store.records()
+    odd = json.loads(json.dumps(records["full-final-lr0.0001-seed1"]))
+    odd["meta_info"]["dataset_info"]["fingerprint"] = "other"
+    shares = tuple((v, Share({"name": v.name}, 1000, 1000, "r=2")) for v in variants())
+    recipe = Recipe(method={"name": "lora", "r": 2}, output="unused")
+    grid = Grid(recipe, shares, (0, 1, 2), (0,), 0.1, 1000, tmp_path)
+    summary = summarise(grid, {**records, "full-final-lr0.0001-seed1": odd})
+    assert summary.different_data == ["full-final-lr0.0001-seed1"]
+
+
+def test_files_of_the_report(comparison: tuple[Path, Summary, Store]) -> None:
+    out, summary, store = comparison
+    written = write_report(out, summary, store)
+    names = {path.name for path in written}
+    assert names == {
+        "table.csv", "report.md", "report.html", "score.png", "pareto.png", "cost.png", "learning_rates.png"
+    }  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
+    with (out / "table.csv").open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert float(rows["lora"]["score_mean"]) == pytest.approx(0.71)
+    assert rows["lora"]["p_t"] == ""
+    assert float(rows["full"]["trainable_params"]) == 90_034
+    assert rows["mor[num_experts=2]"]["budget_residual"] == "100"
+    text = (out / "report.md").read_text()
+    for words in (
+        "| dynamic-dora | 0.7567 |", "-2 (-0.20%)", "+100 (+10.00%)", "2.48 times", "p = 0.25", "1,498",
+        "no learning rate was usable", "ValueError", "95 % t-interval", "![score](score.png)", "torch-version: 2",
+    ):  # fmt: skip
+        assert words in text, words
+    page = (out / "report.html").read_text()
+    assert "<script>no" not in page
+    assert "<b>&lora" not in page
+    assert "src=" not in page.split("<body>")[1].split("<script>")[0]
+    before = page
+    write_report(out, summary, store)
+    assert (out / "report.html").read_text() == before
+
+
+def test_a_missing_or_bare_run_directory_is_no_error(tmp_path: Path) -> None:
+    assert read_details(tmp_path / "gone", 0).history is None
+    _run_directory(tmp_path / "bare", moving=False)
+    found = read_details(tmp_path / "bare", 3)
+    assert (found.seed, found.curve, found.experts, found.kept) == (3, [], {}, [])
+    assert found.history is not None
+    assert found.history.ranks[:, -1].tolist() == [2.0] * len(MODULES)
+
+
+def test_a_comparison_without_any_score_still_reports(tmp_path: Path) -> None:
+    variant = parse_methods("lora")[0]
+    recipe = Recipe(method={"name": "lora", "r": 2}, output="unused")
+    grid = Grid(recipe, ((variant, Share({}, 10, 10, "r=2")),), (0,), (), 0.1, 10, tmp_path / "runs")
+    store = Store(grid.runs)
+    store.start()
+    for run in grid.wanted({}):
+        store.write(run, failed(run, "MemoryError", 1.0))
+    written = write_report(tmp_path, summarise(grid, store.records()), store)
+    assert {path.name for path in written} == {"table.csv", "report.md", "report.html"}
+    assert "no scores of plain lora" in (tmp_path / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def browser(comparison: tuple[Path, Summary, Store], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    out, summary, store = comparison
+    path = find_browser()
+    write_report(out, summary, store)
+    with Browser(path, tmp_path_factory.mktemp("profile")) as found:
+        found.open(out / "report.html")
+        yield found
+
+
+def test_every_tab_opens_with_its_figures_drawn(browser: Browser) -> None:
+    tabs = browser.value("[...document.querySelectorAll('nav button')].map(tab => tab.textContent)")
+    assert tabs == [
+        "Scores", "Parameters", "Against lora", "Time and memory", "Learning rates", "Ranks", "Runs"
+    ]  # fmt: skip
+    for number, name in enumerate(tabs):
+        browser.click("nav button", number)
+        shown = browser.value("[...document.querySelectorAll('section')].filter(s => !s.hidden).map(s => s.id)")
+        assert shown == [f"s{number}"], name
+        visible = f"[...document.querySelectorAll('#s{number} .figure')].filter(f => f.offsetParent)"
+        browser.until(f"{visible}.every(figure => figure.querySelector('.main-svg'))")
+        # Nothing runs over the edge of the page.
+        assert browser.value("document.documentElement.scrollWidth <= window.innerWidth"), name
+    assert browser.errors == []
+
+
+def test_every_seed_and_the_front_are_drawn(browser: Browser) -> None:
+    browser.click("nav button", 0)
+    points = browser.value("document.querySelector('#s0 .figure').data.map(trace => trace.x.length)")
+    assert points == [5, 14]  # five means, fourteen seeds that ended well
+    browser.click("nav button", 1)
+    names = browser.value("document.querySelector('#s1 .figure').data.map(trace => trace.name)")
+    assert names[0] == "Pareto front"
+    assert "full (front)" in names
+    assert "lora" in names
+
+
+def test_the_slider_goes_through_the_ranks(browser: Browser) -> None:
+    browser.click("nav button", 5)
+    chosen = browser.value("[...document.querySelectorAll('#method option')].map(option => option.textContent)")
+    assert chosen == ["dynamic-dora", "dylora", "mor[num_experts=2]"]
+    browser.until("document.querySelector('.method:not([hidden]) .slider-container')")
+    ranks = "document.querySelector('.method:not([hidden]) .figure').data[0].z.flat().reduce((a, b) => a + b, 0)"
+    assert browser.value(ranks) == sum(number % 4 for number in range(len(MODULES)))
+    browser.value("document.querySelector('.slider-rail-rect').scrollIntoView({block: 'center'})")
+    left, y = browser.value(
+        "(() => { const b = document.querySelector('.slider-rail-touch-rect').getBoundingClientRect();"
+        "return [b.x, b.y + b.height / 2]; })()"
+    )
+    browser.press(left + 3, y)
+    browser.until(f"{ranks} === {3 * len(MODULES)}")  # before the first change
+    assert "optimizer step 0" in browser.value("document.querySelector('.method:not([hidden])').textContent")
+
+
+def test_methods_show_what_their_run_directories_hold(browser: Browser) -> None:
+    browser.click("nav button", 5)
+    headings = "[...document.querySelectorAll('.method:not([hidden]) h3')].map(h => h.textContent)"
+    select = (
+        "(() => { const s = document.getElementById('method'); s.selectedIndex = %d;"
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+    browser.value(select % 0)
+    assert browser.value(headings) == ["Rank of every module", "Total rank and budget", "Importance at the end"]
+    browser.value(select % 1)
+    assert browser.value(headings) == ["Rank of every module", "Score at every rank"]
+    browser.value(select % 2)
+    assert browser.value(headings) == ["Rank of every module", "Use of the experts"]
+    browser.until(
+        "[...document.querySelectorAll('.method:not([hidden]) .figure')].every(f => f.querySelector('.main-svg'))"
+    )
+    assert browser.errors == []
