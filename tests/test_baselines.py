@@ -247,6 +247,8 @@ def test_adalora_refuses_what_cannot_work(recipe: Path) -> None:
         PeftAdaLora(r=4, init_r=4)
     with pytest.raises(ConfigError, match="too short for AdaLoRA"):
         rehearse(load_recipe(recipe, [method("peft-adalora", warmup_ratio=0.6), "train.max_steps=1"]), recipe)
+    with pytest.raises(ConfigError, match="beta1=0"):
+        PeftAdaLora(beta1=0.0)
     assert PeftAdaLora(r=1).start_rank == 2
     assert PeftAdaLora(r=8).start_rank == 12
 

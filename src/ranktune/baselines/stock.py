@@ -125,6 +125,9 @@ class PeftAdaLora(StockAdapter):
             require_count(self, "init_r", at_least=self.r + 1)
         for name in ("warmup_ratio", "final_ratio", "beta1", "beta2"):
             require_share(self, name)
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"{name}=0 is refused by PEFT's allocator: it must be above 0.")
 
     @property
     def start_rank(self) -> int:
