@@ -33,6 +33,7 @@ FLOORS = [
         "left_out",
         "tuner",
         "adapters",
+        "quantised_state",
         "optimizer_state",
         "row_rates",
         "restart_warmup",

@@ -10,16 +10,18 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ranktune.quantised_state import MOMENTS, clear_codes, is_quantised, keep_codes
 from ranktune.update import LowRankUpdate
 
 # State that torch's and transformers' optimizers keep per element of a parameter.
-_PER_ELEMENT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum"}
-# bitsandbytes keeps two moments, quantised to codes where the parameter is large.
-_QUANTISED = {"state1": "qmap1", "state2": "qmap2"}
+_PER_ELEMENT = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # the Adam family
+    *("momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum"),  # SGD, RMSprop, Adadelta, Adagrad
+    "variance",  # torch's Adafactor, of a gate
+}
 # Adafactor keeps one number per row and one per column; only the one indexed by components can be cleared.
 _FACTORED = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1, "row_var": 0, "col_var": 1}
 # Not moments of anything.
@@ -42,7 +44,9 @@ def keep_components(optimizer: Optimizer, update: LowRankUpdate, kept: Tensor) -
             if not isinstance(value, Tensor):
                 continue
             index = kept.to(value.device)
-            if value.shape == parameter.shape:
+            if is_quantised(name, value):
+                keep_codes(state, name, dim, index)
+            elif value.shape == parameter.shape:
                 state[name] = value.index_select(dim, index).contiguous()
             elif _FACTORED.get(name) == dim and parameter.ndim > 1:
                 state[name] = value.index_select(_component_dim(value, dim), index).contiguous()
@@ -50,7 +54,7 @@ def keep_components(optimizer: Optimizer, update: LowRankUpdate, kept: Tensor) -
 
 def warn_if_unknown(optimizer: Optimizer) -> None:
     """Warn once where an optimizer keeps state of a kind that is not known here."""
-    known = _PER_ELEMENT | set(_QUANTISED) | set(_FACTORED) | _OTHER
+    known = _PER_ELEMENT | set(MOMENTS) | set(_FACTORED) | _OTHER
     unknown = {
         name
         for state in optimizer.state.values()
@@ -75,10 +79,9 @@ def _indexed_parameters(update: LowRankUpdate) -> Iterator[tuple[nn.Parameter, i
 def _forget(
     name: str, value: Tensor, parameter: nn.Parameter, dim: int, forgotten: Tensor, state: dict[str, Any]
 ) -> None:
-    if name in _QUANTISED and value.dtype == torch.uint8:
-        # The code of the number nearest zero.
-        value.index_fill_(dim, forgotten, int(state[_QUANTISED[name]].abs().argmin()))
-    elif (name in _PER_ELEMENT or name in _QUANTISED) and value.shape == parameter.shape:
+    if is_quantised(name, value):
+        clear_codes(state, name, dim, forgotten)
+    elif (name in _PER_ELEMENT or name in MOMENTS) and value.shape == parameter.shape:
         value.index_fill_(dim, forgotten, 0)
     elif _FACTORED.get(name) == dim and parameter.ndim > 1:
         value.index_fill_(_component_dim(value, dim), forgotten, 0)
