@@ -6,18 +6,18 @@
 Every run is what `ranktune train` does with the example's recipe, made shorter. The budget is what LoRA has at
 `--rank`; every other method gets the largest rank with at most as many parameters (and one percent). A method's
 learning rate is the best of a grid on a validation part split off the training examples, with the first seed; then
-every seed is scored on the recipe's evaluation examples, which nothing was chosen on. Each run leaves one JSON file in
-`--out`; the runs that are there are not repeated, so a study can be stopped and taken up again.
+every seed is scored on the recipe's evaluation examples, which nothing was chosen on. DyLoRA is trained once and scored
+at every rank. Each run leaves one JSON file in `--out`; the runs that are there are not repeated, so a study can be
+stopped and taken up again.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,18 +25,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ranktune.rank_curve import rank_curve
 from ranktune.recipe import Recipe, load_recipe
-from ranktune.recipe.choices import method_config
 from ranktune.run.atomic import write_json
 from ranktune.run.display import SilentDisplay
-from ranktune.run.model import skeleton
-from ranktune.run.prepare import prepare
-from ranktune.run.session import libraries_quiet
-from ranktune.run.targets import plan
 from ranktune.tasks import load_data
 from ranktune.tasks.quiet import quiet_datasets
 from ranktune.tasks.splits import sample, split_off
-from ranktune.training import train
+from ranktune.training import rehearse, train
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VALIDATION_SHARE = 0.1
@@ -54,17 +50,25 @@ class Setting:
 
 
 SETTINGS = {
-    "g2p": Setting(12_800, 1000, ("train.epochs=1", "train.batch_size=32"), (3e-3, 1e-2, 3e-2)),
-    "shakespeare": Setting(1500, 200, ("train.epochs=1", "train.batch_size=4"), (1e-3, 3e-3, 1e-2)),
+    "g2p": Setting(12_800, 600, ("train.epochs=1", "train.batch_size=64"), (3e-3, 1e-2)),
+    "shakespeare": Setting(1000, 150, ("train.epochs=1", "train.batch_size=4"), (1e-3, 3e-3)),
+}
+# Name of a row -> the method, and what else is set. DyLoRA's ranks are powers of two, up to the budget's.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "lora": ("method.name=lora",),
+    "dora": ("method.name=dora",),
+    "dylora": ("method.name=dylora",),
+    "dylora-all": ("method.name=dylora", "method.update=all"),
+    "mor": ("method.name=mor",),
 }
 COMMON = ("train.eval_every=never", "train.save_every=never", "train.logging_steps=50")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a method at a rank, a learning rate and a seed, scored on `split` ("validation" or "test")."""
+    """One run: a variant at a rank, a learning rate and a seed, scored on `split` ("validation" or "test")."""
 
-    method: str
+    variant: str
     rank: int
     learning_rate: float
     seed: int
@@ -72,7 +76,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.split}-{self.method}-r{self.rank}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.split}-{self.variant}-r{self.rank}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
 class Study:
@@ -117,7 +121,8 @@ class Study:
             "data.columns={}",
             "data.replace={}",
             "data.max_eval_examples=null",
-            f"method.name={case.method}",
+            *VARIANTS[case.variant],
+            *([f"method.ranks={_powers_of_two(case.rank)}"] if case.variant.startswith("dylora") else []),
             f"method.r={case.rank}",
             f"method.lora_alpha={2 * case.rank}",
             f"train.learning_rate={case.learning_rate}",
@@ -134,59 +139,62 @@ class Study:
             began = time.process_time()
             metrics = train(recipe, self.file, SilentDisplay(), overwrite=True)
             metrics["cpu_seconds"] = time.process_time() - began
+            metrics["points"] = _points(metrics, Path(recipe.output), case)
             shutil.rmtree(recipe.output)
             write_json(file, metrics)
             scores = f"{metrics['metric']} {metrics['before']:.4f} -> {metrics['after']:.4f}"
             typer.echo(f"{case.name}: {scores} ({metrics['cpu_seconds']:.0f} s of processor time)", err=True)
         return json.loads(file.read_text(encoding="utf-8"))
 
-    def largest_rank(self, method: str, rank: int) -> int:
-        """The largest rank of a method with at most the parameters that LoRA has at `rank`."""
-        with libraries_quiet():
-            recipe = self.recipe(Case(method, rank, 1e-3, 0, "validation"))
-            prepared = prepare(recipe, self.file)
+    def largest_rank(self, variant: str, rank: int) -> int:
+        """The largest rank of a variant with at most the parameters that LoRA has at `rank`."""
+        budget = SLACK * self._parameters("lora", rank)
+        return next(r for r in range(rank, 0, -1) if self._parameters(variant, r) <= budget)
 
-            def parameters(name: str, r: int) -> int:
-                config = method_config(
-                    {**recipe.method, "name": name, "r": r} if name == method else {"name": name, "r": r, **_TARGETS},
-                    str(self.file),
-                    task_type=prepared.task.peft_task_type,
-                )
-                return plan(config, skeleton(prepared.source, prepared.task, prepared.data)).adapter
+    def _parameters(self, variant: str, rank: int) -> int:
+        return rehearse(self.recipe(Case(variant, rank, 1e-3, 0, "validation")), self.file).adapter
 
-            budget = SLACK * parameters("lora", rank)
-            return max(r for r in range(1, rank + 1) if parameters(method, r) <= budget)
-
-    def best_learning_rate(self, method: str, rank: int, seed: int) -> float:
+    def best_learning_rate(self, variant: str, rank: int, seed: int) -> float:
         """The learning rate of the grid with the best score on the validation examples."""
-        scores = {}
-        for rate in self.setting.learning_rates:
-            metrics = self.result(Case(method, rank, rate, seed, "validation"))
-            better = metrics["metric"] == "exact_match"
-            score = metrics["after"] if metrics["after"] is not None else math.nan
-            scores[rate] = -score if better else score
-        return min(scores, key=lambda rate: (math.isnan(scores[rate]), scores[rate]))
+        results = {
+            rate: self.result(Case(variant, rank, rate, seed, "validation")) for rate in self.setting.learning_rates
+        }
+        sign = -1 if next(iter(results.values()))["metric"] == "exact_match" else 1
+        # A run whose score is not finite has null there.
+        scores = {rate: sign * found["after"] for rate, found in results.items() if found["after"] is not None}
+        return min(scores, key=scores.__getitem__)
 
 
-_TARGETS = {"target_modules": "all-linear"}
+def _points(metrics: dict[str, Any], output: Path, case: Case) -> list[dict[str, Any]]:
+    """Rank, parameters and score of a run, at every rank that one training gave."""
+    if case.split == "validation" or not case.variant.startswith("dylora"):
+        return [{"rank": case.rank, "parameters": metrics["active_params"], "score": metrics["after"]}]
+    curve = rank_curve(output, SilentDisplay())
+    return [{"rank": p.rank, "parameters": p.parameters, "score": curve.value(p)} for p in curve.points]
 
 
-def row(study: Study, method: str, rank: int, rate: float, seeds: Sequence[int]) -> list[str]:
-    """A line of the table: the score over the seeds, mean and standard deviation."""
-    results = [study.result(Case(method, rank, rate, seed, "test")) for seed in seeds]
-    scores = [result["after"] for result in results]
+def _powers_of_two(rank: int) -> list[int]:
+    return [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
+
+
+def rows(study: Study, variant: str, rank: int, rate: float, seeds: Sequence[int]) -> list[str]:
+    """Lines of the table, one a rank that was scored: mean and standard deviation over the seeds, and each."""
+    results = [study.result(Case(variant, rank, rate, seed, "test")) for seed in seeds]
+    return [
+        f"| {variant} | {points[0]['rank']} | {points[0]['parameters']:,} | {rate:g} | "
+        f"{_summary([point['score'] for point in points])} |"
+        for points in zip(*(result["points"] for result in results), strict=True)
+    ]
+
+
+def _summary(scores: Sequence[float]) -> str:
     spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-    parameters = f"{results[0]['active_params']:,}"
-    return [method, str(rank), parameters, f"{rate:g}", f"{statistics.mean(scores):.4f}{spread}", _listed(scores)]
-
-
-def _listed(scores: Iterable[float]) -> str:
-    return ", ".join(f"{score:.4f}" for score in scores)
+    return f"{statistics.mean(scores):.4f}{spread} | {', '.join(f'{score:.4f}' for score in scores)}"
 
 
 def main(
     task: Annotated[str, typer.Argument(help=f"One of {', '.join(SETTINGS)}.")],
-    methods: Annotated[str, typer.Option(help="Method names, with commas between them.")] = "lora,dora",
+    methods: Annotated[str, typer.Option(help="Variants, with commas between them.")] = ",".join(VARIANTS),
     rank: Annotated[int, typer.Option(help="The rank of LoRA that sets the budget.")] = 16,
     lora_ranks: Annotated[str, typer.Option(help="Further ranks to train LoRA at, for comparison.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds; the learning rate is chosen with the first.")] = "0,1,2",
@@ -195,21 +203,23 @@ def main(
     """Run what is missing of a study and print its table."""
     if task not in SETTINGS:
         raise typer.BadParameter(f"{task!r} is not one of {', '.join(SETTINGS)}.")
+    for variant in (chosen := methods.split(",")):
+        if variant not in VARIANTS:
+            raise typer.BadParameter(f"{variant!r} is not one of {', '.join(VARIANTS)}.")
     study = Study(task, out.absolute())
     numbers = [int(seed) for seed in seeds.split(",")]
-    rows = []
-    for method in methods.split(","):
-        r = study.largest_rank(method, rank)
-        rate = study.best_learning_rate(method, r, numbers[0])
-        rows.append(row(study, method, r, rate, numbers))
-        if method == "lora":
-            smaller = [int(word) for word in lora_ranks.split(",") if word]
-            rows += [row(study, method, small, rate, numbers) for small in smaller]
-    first = study.result(Case("lora", rank, study.best_learning_rate("lora", rank, numbers[0]), numbers[0], "test"))
+    lines = []
+    for variant in chosen:
+        r = study.largest_rank(variant, rank)
+        rate = study.best_learning_rate(variant, r, numbers[0])
+        lines += rows(study, variant, r, rate, numbers)
+        if variant == "lora":
+            for smaller in (int(word) for word in lora_ranks.split(",") if word):
+                lines += rows(study, variant, smaller, rate, numbers)
+        first = study.result(Case(variant, r, rate, numbers[0], "test"))
     typer.echo(f"{first['data']['description']}; {first['metric']} {first['before']:.4f} before\n")
     typer.echo("| method | rank | parameters | learning rate | mean ± sd | each seed |\n|---|---|---|---|---|---|")
-    for cells in rows:
-        typer.echo(f"| {' | '.join(cells)} |")
+    typer.echo("\n".join(lines))
 
 
 if __name__ == "__main__":

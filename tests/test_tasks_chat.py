@@ -19,6 +19,7 @@ from ranktune.errors import DataError, RecipeError
 from ranktune.recipe import DataRecipe, load_recipe
 from ranktune.run.display import SilentDisplay
 from ranktune.tasks import build_task, check_source, load_data
+from ranktune.tasks.chat import without_gaps
 from ranktune.training import train
 from tests.tiny import write_recipe
 
@@ -201,7 +202,7 @@ def test_a_recipe_trains_on_conversations(model, tmp_path):
         tmp_path,
         model=model,
         data={"source": str(tmp_path / "chats.jsonl"), "max_length": 64, "evaluation_fraction": 0.2},
-        train={"epochs": 40, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 0.05, "eval_every": "never"},
+        train={"epochs": 20, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 0.05, "eval_every": "never"},
     )
     metrics = train(load_recipe(recipe), recipe, SilentDisplay())
     assert metrics["task"] == "causal-lm"
@@ -224,12 +225,19 @@ def test_fields_that_only_some_messages_have_do_not_reach_the_others(tmp_path):
     """A table has every field in every row: `name` of one message must not become None in the rest."""
     template = TURNS.replace("message['role'] + '|>'", "message['role'] + '|>' + message.get('name', 'nobody')")
     folder = write_chat_model(tmp_path / "model", template)
-    named = {**HELLO, "name": "ann"}
-    task, data = load(tmp_path, [[named, HI], [HELLO, HI], [MORE, YES], [HELLO, YES]])
+    chats = [[{**HELLO, "name": "ann"}, HI], [MORE, YES]]
+    datasets.Dataset.from_list([{"messages": chat} for chat in chats]).to_parquet(tmp_path / "chats.parquet")
+    data = load_data(DataRecipe(source=str(tmp_path / "chats.parquet"), evaluation_fraction=0.4), seed=0)
+    tables = [*data.train["messages"], *data.evaluation["messages"]]
+    assert sum(message["name"] is None for chat in tables for message in chat) == 3
+    task = build_task(DataRecipe(), data)
     tokenizer = task.load_tokenizer(folder)
-    texts = [tokenizer.decode(row["input_ids"]) for row in task.tokenize(data.train, tokenizer)]
-    assert sum("annhello" in text for text in texts) == 1
-    assert all("none" not in text and "nobody" in text for text in texts)
+    rows = [row for split in (data.train, data.evaluation) for row in task.tokenize(split, tokenizer)]
+    texts = "".join(tokenizer.decode(row["input_ids"]) for row in rows)
+    assert "annhello" in texts
+    assert texts.count("nobody") == 3
+    # transformers 5.23 drops them too; not every version that we work with does.
+    assert without_gaps(tables[0]) == [{k: v for k, v in turn.items() if v is not None} for turn in tables[0]]
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,19 @@ def test_a_running_text_loses_no_token_and_predicts_each_once(decoder):
     )
 
 
+@pytest.mark.parametrize("length", range(2, 14))
+def test_every_character_is_counted_in_the_block_where_its_text_ends(decoder, length):
+    task, data = make("causal-lm", {"text": CORPUS}, max_length=length)
+    tokenizer = task.load_tokenizer(decoder)
+    blocks = task.tokenize(data.train, tokenizer)
+    ends = np.cumsum([len(tokenizer(text)["input_ids"]) + 1 for text in CORPUS if text])  # places in the stream
+    expected = [0] * len(blocks)
+    for text, end in zip(filter(None, CORPUS), ends, strict=True):
+        expected[(end - 1) // (length - 1)] += len(text)  # a block predicts one token less than it holds
+    assert blocks["characters"][:] == expected
+    assert sum(expected) == sum(map(len, CORPUS))
+
+
 def test_language_model_scores_do_not_depend_on_the_batches(decoder, tmp_path):
     task, data = make("causal-lm", {"text": CORPUS}, max_length=10)
     model, tokenizer = task.load_model(decoder).eval(), task.load_tokenizer(decoder)

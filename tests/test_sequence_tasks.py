@@ -1,0 +1,81 @@
+"""The benchmark of sequence tasks: what it chooses on, what it reports, and that nothing is run twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# As Python itself does for a script: its folder comes first.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import sequence_tasks
+from sequence_tasks import SETTINGS, Case, Study, _powers_of_two, rows
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A study that has all its runs on file, and must not train."""
+
+    def train(*_: Any, **__: Any) -> dict[str, Any]:
+        raise AssertionError("this run is on file already")
+
+    monkeypatch.setattr(sequence_tasks, "train", train)
+    (tmp_path / "g2p").mkdir()
+    return Study("g2p", tmp_path)
+
+
+def put(study: Study, case: Case, scores: dict[int, float | None], metric: str = "exact_match") -> None:
+    points = [{"rank": rank, "parameters": 100 * rank, "score": score} for rank, score in scores.items()]
+    result = {"metric": metric, "after": scores[case.rank], "points": points}
+    (study.out / f"{case.name}.json").write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize(("metric", "best"), [("exact_match", 0.01), ("nats_per_character", 0.003)])
+def test_the_learning_rate_is_chosen_on_validation_alone(study: Study, metric: str, best: float) -> None:
+    for rate, score in zip(SETTINGS["g2p"].learning_rates, (0.5, 0.6), strict=True):
+        put(study, Case("lora", 4, rate, 0, "validation"), {4: score}, metric)
+        put(study, Case("lora", 4, rate, 0, "test"), {4: 1.1 - score}, metric)  # would choose the other one
+    assert study.best_learning_rate("lora", 4, 0) == best
+
+
+def test_a_run_that_diverged_is_not_chosen(study: Study) -> None:
+    for rate, score in zip(SETTINGS["g2p"].learning_rates, (None, 0.1), strict=True):
+        put(study, Case("lora", 4, rate, 0, "validation"), {4: score})
+    assert study.best_learning_rate("lora", 4, 0) == 0.01
+
+
+def test_a_nested_adapter_has_a_row_for_every_rank(study: Study) -> None:
+    for seed, (low, high) in enumerate([(0.1, 0.5), (0.3, 0.7)]):
+        put(study, Case("dylora", 2, 0.01, seed, "test"), {1: low, 2: high})
+    assert rows(study, "dylora", 2, 0.01, [0, 1]) == [
+        "| dylora | 1 | 100 | 0.01 | 0.2000 ± 0.1414 | 0.1000, 0.3000 |",
+        "| dylora | 2 | 200 | 0.01 | 0.6000 ± 0.1414 | 0.5000, 0.7000 |",
+    ]
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, [1]), (2, [1, 2]), (16, [1, 2, 4, 8, 16]), (11, [1, 2, 4, 8, 11])])
+def test_ranks_are_powers_of_two_and_the_last_is_the_budget(rank: int, expected: list[int]) -> None:
+    assert _powers_of_two(rank) == expected
+
+
+def test_equal_parameters_and_examples_that_nothing_was_chosen_on(real_data, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("RANKTUNE_DATA", str(real_data))
+    monkeypatch.setitem(SETTINGS, "shakespeare", sequence_tasks.Setting(40, 10, (), (1e-3,)))
+    study = Study("shakespeare", tmp_path)
+    budget = study._parameters("lora", 16)
+    for variant in ("dora", "dylora", "mor"):
+        r = study.largest_rank(variant, 16)
+        assert study._parameters(variant, r) <= 1.01 * budget < study._parameters(variant, r + 1)
+    texts = {
+        (split, part): set((study.data[split] / f"{part}.jsonl").read_text().splitlines())
+        for split in ("validation", "test")
+        for part in ("train", "evaluation")
+    }
+    assert texts["validation", "train"] == texts["test", "train"]
+    assert not texts["test", "evaluation"] & (texts["test", "train"] | texts["validation", "evaluation"])
+    assert not texts["validation", "evaluation"] & texts["validation", "train"]
+    assert [len(part) for part in texts.values()] == [40, 10, 40, 10]
