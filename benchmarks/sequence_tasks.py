@@ -111,8 +111,8 @@ class Study:
                 examples.to_json(folder / "train.jsonl", force_ascii=False)
         return folders
 
-    def recipe(self, case: Case) -> Recipe:
-        """The example's recipe, with what the case changes."""
+    def recipe(self, case: Case, *more: str) -> Recipe:
+        """The example's recipe, with what the case changes, and further words."""
         folder = self.data[case.split]
         overrides = (
             *self.setting.overrides,
@@ -128,6 +128,7 @@ class Study:
             f"train.learning_rate={case.learning_rate}",
             f"train.seed={case.seed}",
             f"output={self.out / 'runs' / case.name}",
+            *more,
         )
         return load_recipe(self.file, overrides)
 
