@@ -105,7 +105,8 @@ def _run_directory(folder: Path, moving: bool, experts: bool = False) -> None:
     importance = {"importance": {m: {"kept": [0.5, 0.01], "dropped": [0.001]} for m in MODULES}} if moving else {}
     (folder / "ranks.json").write_text(json.dumps({"final": final, "history": history, **importance}))
     if experts:
-        events += [{"event": "experts", "step": 40, "module": module, "load": [0.25, 0.75]} for module in MODULES]
+        for step, load in ((20, [0.5, 0.5]), (40, [0.25, 0.75])):
+            events.append({"event": "routers", "step": step, "modules": {module: {"load": load} for module in MODULES}})
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
@@ -270,4 +271,6 @@ def test_methods_show_what_their_run_directories_hold(browser: Browser) -> None:
     browser.until(
         "[...document.querySelectorAll('.method:not([hidden]) .figure')].every(f => f.querySelector('.main-svg'))"
     )
+    use = browser.value("document.querySelectorAll('.method:not([hidden]) .figure')[1].data[0].z")
+    assert use == [[0.25, 0.75]] * len(MODULES)  # the last note of the log
     assert browser.errors == []

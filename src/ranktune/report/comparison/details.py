@@ -71,5 +71,6 @@ def _curve(path: Path) -> list[dict[str, float]]:
 
 
 def _experts(events: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The last note of every module's experts in the log."""
-    return {event["module"]: event["load"] for event in events if event["event"] == "experts"}
+    """The last note of the routers in the log."""
+    routers = [event for event in events if event["event"] == "routers"]
+    return {module: use["load"] for module, use in routers[-1]["modules"].items()} if routers else {}
