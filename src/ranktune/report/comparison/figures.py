@@ -23,7 +23,7 @@ def _figure(height: int, x: str, y: str, **layout: Any) -> go.Figure:
     figure.update_layout(
         template="simple_white",
         height=height,
-        margin={"l": 20, "r": 20, "t": 20, "b": 20},
+        margin={"l": 20, "r": 20, "t": 40, "b": 20},
         font={"size": 14, "family": "system-ui, sans-serif"},
         xaxis={"title": {"text": x}, "automargin": True, "showgrid": True, "gridcolor": "#E4E4E4"},
         yaxis={"title": {"text": y}, "automargin": True, "showgrid": True, "gridcolor": "#E4E4E4"},
