@@ -103,7 +103,9 @@ def _costs(builder: _Builder, summary: Summary) -> str:
         ("accelerator_memory_max", 2**20, "peak memory, MiB"),
     ):
         if _any(summary):
-            shown += f"<h3>{name[0].upper()}{name[1:]}</h3>" + builder.place(figures.cost(summary, field, scale, name), name)
+            shown += f"<h3>{name[0].upper()}{name[1:]}</h3>" + builder.place(
+                figures.cost(summary, field, scale, name), name
+            )
     return shown + _table(text.cost_table(summary))
 
 
