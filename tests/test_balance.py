@@ -215,14 +215,28 @@ def test_a_copy_balances_itself():
     """A deep copy gathers apart from what it was copied from, in the middle of a step too."""
     model, theirs = twins()
     model(inputs()).square().mean().backward()
-    clone = copy.deepcopy(model)
+    clone, also_theirs = copy.deepcopy(model), copy.deepcopy(theirs)
     clone.zero_grad()
-    by_hand = ByHand(theirs)
     clone(inputs(seed=7)).square().mean().backward()
     optimizer_for(clone).step()
-    (theirs(inputs(seed=7)).square().mean() + by_hand.take()).backward()
+    optimizer_for(model).step()
+    for network, expected, seed in ((clone, theirs, 7), (model, also_theirs, 1)):
+        by_hand = ByHand(expected)
+        (expected(inputs(seed=seed)).square().mean() + by_hand.take()).backward()
+        optimizer_for(expected).step()
+        assert_same_adapter(network, expected, **CLOSE)
+
+
+def test_a_router_that_is_replaced_is_balanced():
+    """Loading with ``assign`` puts new parameters in the place of those that were there when training mode was set."""
+    ours, theirs = twins()
+    ours.load_state_dict({name: value.clone() for name, value in ours.state_dict().items()}, assign=True)
+    ours(inputs()).square().mean().backward()
+    optimizer_for(ours).step()
+    by_hand = ByHand(theirs)
+    (theirs(inputs()).square().mean() + by_hand.take()).backward()
     optimizer_for(theirs).step()
-    assert_same_adapter(clone, theirs, **CLOSE)
+    assert_same_adapter(ours, theirs, **CLOSE)
 
 
 def test_it_evens_out_the_load():
