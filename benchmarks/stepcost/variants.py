@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig
+from peft import AdaLoraConfig, AdaLoraModel, LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,6 +21,8 @@ from ranktune import (
     RankController,
     compact,
 )
+from ranktune.adapters import updates
+from ranktune.growing import GrowingUpdate
 
 from .naive_mor import NaiveMorConfig
 
@@ -98,13 +100,21 @@ def _attach_pruned(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _growing(**options: Any) -> MakeConfig:
-    """One component short of the target, so that as many as ever take part in forward, the reserve among them.
+    """The first round is too far away for any timed step to be in its score window, unless every step is."""
+    return _ours(IncreLoraConfig, grow_interval=100_000, **options)
 
-    The first round is too far away for any timed step to be in its score window, unless every step is.
+
+def _attach_grown(model: nn.Module, optimizer: Optimizer) -> None:
+    """The last moment of growth: one component a module is missing.
+
+    As many components as ever take part in forward, the reserve among them, and all but the first came late.
     """
-    return lambda r, dropout, targets: _ours(IncreLoraConfig, init_r=max(1, r - 1), grow_interval=100_000, **options)(
-        r, dropout, targets
-    )
+    config = cast(IncreLoraConfig, cast(PeftModel, model).peft_config["default"])
+    reserve = config.r // 2
+    RankController(model, optimizer, total_steps=1_000_000)
+    for _, update in cast(Iterator[tuple[str, GrowingUpdate]], updates(model)):
+        update.stock(config.r - 1 - update.rank + reserve, step=0, gate=1e-5)
+        update.promote(config.r - 1 - update.rank, step=0, keep_output=False)
 
 
 def _ours(config_class: type[RankConfig], **options: Any) -> MakeConfig:
@@ -137,12 +147,12 @@ VARIANTS = {
             stock="peft-lora-1.5r",
             counted=False,
         ),
-        Variant("increlora", "ranktune increlora", _growing(), _attach_controller, stock=REFERENCE),
+        Variant("increlora", "ranktune increlora", _growing(), _attach_grown, stock=REFERENCE),
         Variant(
             "increlora-scored",
             "increlora scoring",
             _growing(score_window="all"),
-            _attach_controller,
+            _attach_grown,
             stock=REFERENCE,
             counted=False,
         ),

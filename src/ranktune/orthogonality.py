@@ -13,11 +13,11 @@ def from_orthonormal(X: Tensor) -> Tensor:
     return _root(_difference(_wide(X)))
 
 
-def from_orthonormal_slope(X: Tensor) -> Tensor:
-    """``d||X X^T - I||_F / dX = 2 (X X^T - I) X / ||X X^T - I||_F`` [..., k, length], at least float32."""
+def from_orthonormal_slope(X: Tensor, weight: float = 1.0) -> Tensor:
+    """``w d||X X^T - I||_F / dX = 2 w (X X^T - I) X / ||X X^T - I||_F`` [..., k, length], w the weight."""
     X = _wide(X)
     difference = _difference(X)
-    return (difference * (2.0 / _root(difference))[..., None, None]) @ X
+    return (difference * (2.0 * weight / _root(difference))[..., None, None]) @ X
 
 
 def _wide(X: Tensor) -> Tensor:

@@ -4,14 +4,17 @@ All components of a module share one tensor, one learning rate and one step coun
 late rows are set to where a fresh optimizer, with a learning-rate schedule of its own, would have put them; rows that
 are not trained go back to what they were, bit for bit, whatever weight decay did.
 
-With b and a a row before and after the step, t the optimizer's step count, k the row's age in steps (first = 1), v its
-second moment and lr, wd, beta1, beta2, eps of its group, AdamW's step of a fresh row is
+With b and a a row before and after the step, t the optimizer's step count, k the row's age in steps (first = 1), m and
+v its moments and lr, wd, beta1, beta2, eps of its group, AdamW's step of a fresh row is
 
-    row = b (1 - rho lr wd) + rho c (a - b (1 - lr wd))
-    c = (1 - beta1^t) / (1 - beta1^k) * (sqrt(v) / sqrt(1 - beta2^t) + eps) / (sqrt(v) / sqrt(1 - beta2^k) + eps)
+    row = b (1 - rho lr wd) - rho lr m / (1 - beta1^k) / (sqrt(v) / sqrt(1 - beta2^k) + eps)
 
 since a row that had no gradient has no moments, and its first moments are those of a fresh row. rho is the row's own
-learning rate relative to the group's. SGD has c = 1.
+learning rate relative to the group's. Where there are no moments to read the step that was taken is scaled instead,
+
+    row = b (1 - rho lr wd) + rho c (a - b (1 - lr wd))
+
+with c = 1 for SGD, and for 8-bit moments what c is where eps does not count.
 """
 
 from __future__ import annotations
@@ -37,8 +40,7 @@ class _Late:
         parameter, dim: the parameter, and the dimension that lists its components.
         first: index of the first of them.
         births: [n] the step at which each of the leading n was first there; the others are not trained yet.
-        born: those n, components first. waiting: the others, or None where they stay as they are by themselves or
-            nobody will ever ask for them.
+        born: those n. waiting: the others, or None where they stay as they are by themselves or nobody will ask.
     """
 
     parameter: nn.Parameter
@@ -51,26 +53,24 @@ class _Late:
     @classmethod
     def of(cls, parameter: nn.Parameter, dim: int, first: int, births: Tensor, keep_waiting: bool) -> _Late:
         """Copy them."""
-        born = _born(parameter, dim, first, births).clone(memory_format=torch.contiguous_format)
-        waiting = _waiting(parameter, dim, first, births).clone() if keep_waiting else None
+        start = first + len(births)
+        whole = parameter.detach()
+        born = whole.narrow(dim, first, len(births)).clone()
+        waiting = whole.narrow(dim, start, whole.shape[dim] - start).clone() if keep_waiting else None
         return cls(parameter, dim, first, births, born, waiting)
 
     def born_in(self, tensor: Tensor) -> Tensor:
-        """The trained late components of a tensor of the parameter's shape, components first."""
-        return _born(tensor, self.dim, self.first, self.births)
+        """The trained late components of a tensor of the parameter's shape."""
+        return tensor.detach().narrow(self.dim, self.first, len(self.births))
 
     def waiting_in(self, tensor: Tensor) -> Tensor:
         """The untrained late components of a tensor of the parameter's shape."""
-        return _waiting(tensor, self.dim, self.first, self.births)
+        start = self.first + len(self.births)
+        return tensor.detach().narrow(self.dim, start, tensor.shape[self.dim] - start)
 
-
-def _born(tensor: Tensor, dim: int, first: int, births: Tensor) -> Tensor:
-    return tensor.detach().narrow(dim, first, len(births)).movedim(dim, 0)
-
-
-def _waiting(tensor: Tensor, dim: int, first: int, births: Tensor) -> Tensor:
-    start = first + len(births)
-    return tensor.detach().narrow(dim, start, tensor.shape[dim] - start)
+    def as_multiplier(self, values: Tensor) -> Tensor:
+        """One value per trained late component [n], in a shape that multiplies each."""
+        return values.unsqueeze(1) if self.dim == 0 and self.parameter.ndim == 2 else values
 
 
 class RestartWarmup:
@@ -128,20 +128,22 @@ class RestartWarmup:
                         part.waiting_in(value).zero_()
 
     def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: RowRates) -> None:
-        ages = (step - torch.cat([late.births for late in born])).double()
-        rho = rates.of_rows(ages)
         lr, decay = float(group["lr"]), _decoupled_decay(self.optimizer, group)
-        if _is_adam(self.optimizer, group):
-            gain = _adam_gain(self.optimizer, group, born, ages, rho)
-        else:
-            gain = _columns(rho, born)
-        now = [late.born_in(late.parameter) for late in born]
-        row = [late.born for late in born]
-        step_taken = torch._foreach_sub([part.contiguous() for part in now], row, alpha=1.0 - lr * decay)  # pyright: ignore
-        if decay:
-            torch._foreach_mul_(row, _columns(1.0 - rho * lr * decay, born))  # pyright: ignore
-        torch._foreach_addcmul_(row, gain, step_taken)  # pyright: ignore
-        torch._foreach_copy_(now, row)  # pyright: ignore
+        for parts in _together(born):
+            ages = (step - torch.cat([late.births for late in parts])).double()
+            rho = rates.of_rows(ages)
+            row, now = [late.born for late in parts], [late.born_in(late.parameter) for late in parts]
+            moments = _moments(self.optimizer, group, parts)
+            if moments is None:
+                gain = _columns(rho * _limit_of_gain(self.optimizer, group, parts, ages), parts)
+                step_taken = torch._foreach_sub(now, row, alpha=1.0 - lr * decay)  # pyright: ignore
+            if decay:
+                torch._foreach_mul_(row, _columns(1.0 - rho * lr * decay, parts))  # pyright: ignore
+            if moments is None:
+                torch._foreach_addcmul_(row, gain, step_taken)  # pyright: ignore
+            else:
+                torch._foreach_addcdiv_(row, *_fresh_step(group, moments, parts, ages, rho), value=-lr)  # pyright: ignore
+            torch._foreach_copy_(now, row)  # pyright: ignore
 
     def _warn_where_inexact(self) -> None:
         name = type(self.optimizer).__name__
@@ -169,11 +171,6 @@ def _late_of(update: GrowingUpdate, step: int, keep_vectors: bool) -> Iterator[_
         yield _Late.of(update.required_gate(), 0, update.start_rank, gates, True)
 
 
-def _is_adam(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    plain = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and not group.get("amsgrad", False)
-    return plain or _is_eight_bit_adam(optimizer)
-
-
 def _is_eight_bit_adam(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("bitsandbytes") and "Adam" in type(optimizer).__name__
 
@@ -184,31 +181,55 @@ def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     return float(group.get("weight_decay", 0.0)) if decoupled else 0.0
 
 
-def _adam_gain(
-    optimizer: Optimizer, group: dict[str, Any], born: Sequence[_Late], ages: Tensor, rho: Tensor
-) -> list[Tensor]:
-    """``rho c`` of every late part, elementwise; for 8-bit moments c's limit where eps does not count."""
+def _together(born: Sequence[_Late]) -> Iterator[Sequence[_Late]]:
+    """Parts that are moved in one go: on the CPU each alone, so that it stays in the cache from pass to pass."""
+    if all(late.born.device.type == "cpu" for late in born):
+        yield from ([late] for late in born)
+    else:
+        yield born
+
+
+def _moments(
+    optimizer: Optimizer, group: dict[str, Any], parts: Sequence[_Late]
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Adam's first and second moments of the parts, or None where it is not Adam or does not keep them as they are."""
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or group.get("amsgrad", False):
+        return None
+    states = [optimizer.state[late.parameter] for late in parts]
+    if not all("exp_avg" in state and "exp_avg_sq" in state for state in states):
+        return None
+    first, second = (
+        [late.born_in(state[name]) for late, state in zip(parts, states, strict=True)]
+        for name in ("exp_avg", "exp_avg_sq")
+    )
+    return first, second
+
+
+def _fresh_step(
+    group: dict[str, Any], moments: tuple[list[Tensor], list[Tensor]], parts: Sequence[_Late], ages: Tensor, rho: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What Adam divides by what, without the learning rate, with numerator and denominator times sqrt(1 - beta2^k)."""
     beta1, beta2, eps = (float(value) for value in (*group["betas"], group["eps"]))
+    root_k = (1.0 - beta2**ages).sqrt()
+    above = torch._foreach_mul(moments[0], _columns(rho * root_k / (1.0 - beta1**ages), parts))  # pyright: ignore
+    below = torch._foreach_sqrt(moments[1])  # pyright: ignore
+    torch._foreach_add_(below, _columns(eps * root_k, parts))  # pyright: ignore
+    return list(above), list(below)
+
+
+def _limit_of_gain(optimizer: Optimizer, group: dict[str, Any], parts: Sequence[_Late], ages: Tensor) -> Tensor | float:
+    """c where eps does not count, for an Adam whose moments cannot be read; else 1."""
+    hidden = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and not group.get("amsgrad", False)
+    if not hidden and not _is_eight_bit_adam(optimizer):
+        return 1.0
+    beta1, beta2 = (float(beta) for beta in group["betas"])
     # The parameters of an adapter are stepped together.
-    t = int(optimizer.state[born[0].parameter]["step"])
-    root_t, root_k = (1.0 - beta2**t) ** 0.5, (1.0 - beta2**ages).sqrt()
-    limit = _columns(rho * (1.0 - beta1**t) / (1.0 - beta1**ages) * root_k / root_t, born)
-    seconds = [optimizer.state[late.parameter].get("exp_avg_sq") for late in born]
-    if any(second is None for second in seconds):
-        return limit
-    roots = torch._foreach_sqrt([late.born_in(v).contiguous() for late, v in zip(born, seconds, strict=True)])  # pyright: ignore
-    below = torch._foreach_add(roots, _columns(eps * root_k, born))  # pyright: ignore
-    torch._foreach_add_(roots, eps * root_t)  # pyright: ignore
-    torch._foreach_div_(roots, below)  # pyright: ignore
-    torch._foreach_mul_(roots, limit)  # pyright: ignore
-    return list(roots)
+    t = int(optimizer.state[parts[0].parameter]["step"])
+    return (1.0 - beta1**t) / (1.0 - beta1**ages) * ((1.0 - beta2**ages) / (1.0 - beta2**t)).sqrt()
 
 
-def _columns(values: Tensor, born: Sequence[_Late]) -> list[Tensor]:
+def _columns(values: Tensor, parts: Sequence[_Late]) -> list[Tensor]:
     """One float64 value per component of all parts together, as one tensor per part that multiplies it."""
-    like = born[0].born
-    parts = values.to(like.device, torch.promote_types(like.dtype, torch.float32)).split([len(b.births) for b in born])
-    return [
-        (part if late.born.ndim == 1 else part.unsqueeze(1)).to(late.born.device)
-        for late, part in zip(born, parts, strict=True)
-    ]
+    like = parts[0].born
+    split = values.to(like.device, torch.promote_types(like.dtype, torch.float32)).split([len(p.births) for p in parts])
+    return [late.as_multiplier(part).to(late.born.device) for late, part in zip(parts, split, strict=True)]

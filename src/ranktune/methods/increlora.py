@@ -283,7 +283,7 @@ class IncreLoraPolicy(GrowthPolicy):
             window, trained = group[0].window, group[0].trained
             A = _batch([update.lora_A.detach()[:window] for update in group])
             B = _batch([update.lora_B.detach()[:, :window].T for update in group])
-            dA, dB = (from_orthonormal_slope(vectors)[:, :trained].mul_(weight) for vectors in (A, B))
+            dA, dB = (from_orthonormal_slope(vectors, weight)[:, :trained] for vectors in (A, B))
             for position, update in enumerate(group):
                 pairs += [(update.lora_A, dA[position]), (update.lora_B, dB[position].T)]
         return pairs
