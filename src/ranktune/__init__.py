@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ranktune.integrations.trainer import RankCallback
     from ranktune.methods import DoraConfig, DyLoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig
     from ranktune.rank_setting import set_rank
+    from ranktune.squeezing import Squeezed, squeeze
     from ranktune.static_mixture import MeanGate, mean_gate
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ _HOME = {
     "RankController": "ranktune.controller",
     "RanktuneError": "ranktune.errors",
     "RecipeError": "ranktune.errors",
+    "Squeezed": "ranktune.squeezing",
     "active_parameters": "ranktune.adapters",
     "compact": "ranktune.compaction",
     "export_lora": "ranktune.export",
@@ -54,6 +56,7 @@ _HOME = {
     "parameter_groups": "ranktune.adapters",
     "ranks": "ranktune.adapters",
     "set_rank": "ranktune.rank_setting",
+    "squeeze": "ranktune.squeezing",
     "total_rank": "ranktune.adapters",
 }
 
@@ -74,6 +77,7 @@ __all__ = [
     "RankController",
     "RanktuneError",
     "RecipeError",
+    "Squeezed",
     "active_parameters",
     "compact",
     "export_lora",
@@ -82,6 +86,7 @@ __all__ = [
     "parameter_groups",
     "ranks",
     "set_rank",
+    "squeeze",
     "total_rank",
 ]
 

@@ -116,6 +116,13 @@ def read_adapter(path: str | Path) -> AdapterFile:
     return AdapterFile(folder, config, tensors)
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """The folder of an adapter: itself, or that of the run whose output directory is given."""
+    folder = Path(path)
+    inside = folder / "adapter"
+    return inside if not (folder / CONFIG_FILE).exists() and inside.is_dir() else folder
+
+
 def check_folder(folder: Path) -> None:
     """Check what PEFT is about to read: the files that are there, and that no pickle stands in for one.
 
@@ -169,6 +176,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             _refuse(path, f"has {key}={pattern!r}, which should map module names to {kind}")
     ranks = {"r": config.get("r"), **_entries(config, "rank_pattern")}
     for key, rank in ranks.items():
+        if config["peft_type"] == "ADALORA" and isinstance(rank, list) and all(type(kept) is bool for kept in rank):
+            continue  # which components its allocator kept; the others are not in the file
         if rank is not None and (type(rank) is not int or not 1 <= rank <= _MAX_RANK):
             _refuse(path, f"has {key}={rank!r}, which should be a whole number from 1 to {_MAX_RANK}")
     alphas = {"lora_alpha": config.get("lora_alpha"), **_entries(config, "alpha_pattern")}

@@ -33,7 +33,7 @@ from ranktune.plain_lora import (
     exact_targets,
 )
 from ranktune.rank_setting import refuse_untrained_rank
-from ranktune.recompression import dense_singular_form, singular_form
+from ranktune.recompression import dense_singular_form, difference_norm, product_norm, singular_form
 from ranktune.run.atomic import write_folder
 from ranktune.tuner import RankLayer, modules_outside_adapters
 
@@ -167,34 +167,28 @@ def _refuse_zero_rows(name: str, module: PlainModule, layer: RankLayer) -> None:
 
 
 def _refuse_unfaithful(folder: Path, adapted: Mapping[str, RankLayer], adapter_name: str, rank: int | None) -> None:
-    """Compare what the files say of each module with the adapter's own factors, on random vectors in float64."""
+    """Compare what the files say of each module with the adapter's own factors, in float64."""
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     tensors = load_file(folder / TENSOR_FILE)
-    generator = torch.Generator().manual_seed(0)
     for name, layer in adapted.items():
         update = layer.update_of(adapter_name)
         r = pattern_value(config.rank_pattern or {}, name, config.r)
         scale = pattern_value(config.alpha_pattern or {}, name, config.lora_alpha) / r
-        probe = torch.randn(layer.in_features, 4, dtype=torch.float64, generator=generator)
         saved_A, saved_B = (tensors[f"{FILE_PREFIX}{name}.lora_{factor}.weight"] for factor in "AB")
-        saved = _apply(saved_A, saved_B, scale, probe)
-        expected = _apply(*update.plain_factors(layer.scaling[adapter_name], rank), probe)
+        A, B, own_scale = update.plain_factors(layer.scaling[adapter_name], rank)
+        expected = A.cpu(), B.cpu().double() * own_scale
+        difference = difference_norm((saved_A, saved_B.double() * scale), expected)
+        norm = product_norm(*expected)
         magnitude = update.lora_magnitude_vector
         if magnitude is not None and not torch.equal(
             tensors[f"{FILE_PREFIX}{name}.lora_magnitude_vector"], magnitude.detach().cpu()
         ):
             raise ExportError(f"{name}: the magnitude in {TENSOR_FILE} is not the adapter's. Nothing was kept.")
-        difference = float((saved - expected).norm())
-        if saved_A.shape[0] != r or not difference <= _TOLERANCE * float(expected.norm()):
+        if saved_A.shape[0] != r or not difference <= _TOLERANCE * norm:
             raise ExportError(
-                f"{name}: the update in {TENSOR_FILE} differs from the adapter's by {difference:.3g} of "
-                f"{float(expected.norm()):.3g}. Nothing was kept; do the adapter's tensors hold NaN or infinity?"
+                f"{name}: the update in {TENSOR_FILE} differs from the adapter's by {difference:.3g} of {norm:.3g}. "
+                "Nothing was kept; do the adapter's tensors hold NaN or infinity?"
             )
-
-
-def _apply(A: Tensor, B: Tensor, scale: float, vectors: Tensor) -> Tensor:
-    """``s B A v`` for vectors [in, n], in float64 on the CPU."""
-    return scale * (B.cpu().double() @ (A.cpu().double() @ vectors))
 
 
 def _config_of(model: nn.Module, adapter_name: str) -> RankConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranktune.adapter_file import read_adapter
+from ranktune.adapter_file import adapter_folder, read_adapter
 from ranktune.errors import AdapterFileError
 from ranktune.nested import NestedUpdate
 from ranktune.recompression import singular_form
@@ -113,9 +113,7 @@ def inspect(directory: str | Path) -> Inspection:
     Raises:
         AdapterFileError: something is missing, torn, contradictory, or not of the LoRA family.
     """
-    path = Path(directory)
-    if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir():
-        path = path / "adapter"
+    path = adapter_folder(directory)
     adapter = load_saved_adapter(read_adapter(path))
     config = adapter.file.config
     with torch.no_grad():

@@ -52,3 +52,17 @@ def dense_singular_form(matrix: Tensor) -> SingularForm:
         matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False
     )
     return SingularForm(left, values, right)
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """``||B A||_F`` for A [r, in] and B [out, r], in float64 and without forming it."""
+    r_out = torch.linalg.qr(B.double(), mode="r").R
+    r_in = torch.linalg.qr(A.double().T, mode="r").R
+    return float((r_out @ r_in.T).norm())
+
+
+def difference_norm(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> float:
+    """``||B A - B' A'||_F`` for two pairs (A, B), of whatever ranks."""
+    A = torch.cat([left[0].double(), right[0].double()])
+    B = torch.cat([left[1].double(), -right[1].double()], 1)
+    return product_norm(A, B)

@@ -31,7 +31,19 @@ _PLACES = {
     "ADALORA": re.compile(r"(?P<module>.+)\.(?P<tensor>lora_A|lora_B|lora_E|ranknum)"),
 }
 # Options of stock LoRA that add something other than s B A (and a magnitude).
-_OTHER_LORAS = ("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config")
+_OTHER_LORAS = (
+    "lora_bias",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+)
+# Starts of stock LoRA after which the base model's weights are not those of its file, whenever the adapter is loaded.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # A pattern's regular expression could be made to take for ever: characters of the longest name, to the power of its
 # repetitions, times the modules it is matched against.
 _MOST_STEPS = 10**8
@@ -89,6 +101,25 @@ class SavedAdapter:
     method: str
     modules: dict[str, SavedModule]
     others: dict[str, Tensor]
+
+    def require_unchanged_base(self) -> None:
+        """Refuse what is no update of the base model as its own files have it, so that ``s B A`` is not all of it.
+
+        Raises:
+            AdapterFileError: PEFT changes the base's weights when it loads this adapter, or biases were trained.
+        """
+        start, bias = self.file.config.get("init_lora_weights"), self.file.config.get("bias") or "none"
+        if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+            raise AdapterFileError(
+                f"{self.file.path / CONFIG_FILE} has init_lora_weights={start!r}: PEFT changes the base model's "
+                "weights when it loads this adapter, and without that its factors mean nothing. Save it in PEFT with "
+                "path_initial_model_for_weight_conversion first."
+            )
+        if bias != "none":
+            raise AdapterFileError(
+                f"{self.file.path / CONFIG_FILE} has bias={bias!r}: biases of the base model were trained beside the "
+                "factors, and only the factors are understood here."
+            )
 
 
 def load_saved_adapter(file: AdapterFile) -> SavedAdapter:
@@ -190,8 +221,15 @@ def _refuse_misfit(file: AdapterFile, name: str, stored: dict[str, tuple[str, St
         raise AdapterFileError(
             f"{file.tensor_file}: module {name} has {A[0]} rows in lora_A and {B[1]} columns in lora_B."
         )
-    if file.config["peft_type"] == "ADALORA" and "lora_E" not in shapes:
-        raise AdapterFileError(f"{file.tensor_file}: module {name} lacks lora_E.")
+    if file.config["peft_type"] == "ADALORA":
+        if "lora_E" not in shapes:
+            raise AdapterFileError(f"{file.tensor_file}: module {name} lacks lora_E.")
+        kept = _allocated(file, name)
+        if kept is not None and sum(kept) != A[0]:
+            raise AdapterFileError(
+                f"{file.path / CONFIG_FILE} says that {sum(kept)} components of {name} were kept, and "
+                f"{file.tensor_file.name} has {A[0]}."
+            )
 
 
 def _our_config(file: AdapterFile) -> RankConfig:
@@ -243,8 +281,9 @@ def _stock_scale(file: AdapterFile, name: str, tensors: Mapping[str, Tensor], na
     r, alpha = file.config.get("r"), file.config.get("lora_alpha")
     if file.config["peft_type"] == "ADALORA":
         alpha = alpha or float(file.config.get("init_r") or 1)
-        number = tensors.get("ranknum")
-        return alpha / (float(tensors["lora_A"].shape[0] if number is None else number) + 1e-5)
+        # PEFT goes on dividing by the rank that a module started with, whatever its allocator has left of it.
+        started = len(_allocated(file, name) or ()) or tensors["lora_A"].shape[0]
+        return alpha / (float(tensors.get("ranknum", started)) + 1e-5)
     if r is None or alpha is None:
         raise AdapterFileError(f"{file.path / CONFIG_FILE} does not say {'r' if r is None else 'lora_alpha'}.")
     r = _pattern_value(file, "rank_pattern", name, r, names)
@@ -255,6 +294,12 @@ def _stock_scale(file: AdapterFile, name: str, tensors: Mapping[str, Tensor], na
             f"{tensors['lora_A'].shape[0]} components."
         )
     return alpha / (r**0.5 if file.config.get("use_rslora") else r)
+
+
+def _allocated(file: AdapterFile, name: str) -> list[bool] | None:
+    """Which of a module's first components AdaLoRA's allocator kept, where it acted."""
+    kept = (file.config.get("rank_pattern") or {}).get(f"{name}.lora_E")
+    return kept if isinstance(kept, list) else None
 
 
 def _pattern_value(file: AdapterFile, pattern: str, name: str, default: Any, names: Iterable[str]) -> Any:

@@ -61,15 +61,20 @@ class Opened:
     inputs: str
 
 
-def open_trained(path: Path) -> Opened:
+def open_trained(path: Path, base: str | None = None, texts: Path | None = None) -> Opened:
     """Load what was trained: ``OUT`` of `ranktune train`, or the folder of an adapter.
+
+    Args:
+        path: of either.
+        base: of an adapter's folder, the base model instead of the one it names.
+        texts: of an adapter's folder, a file with one text a line, to be the inputs.
 
     Raises:
         AdapterFileError, RecipeError, DataError, ConfigError: it is not there, not whole, or its base model or data
             are gone.
     """
     with libraries_quiet():
-        return _open_adapter(path) if (path / CONFIG_FILE).exists() else _open_run(path)
+        return _open_adapter(path, base, texts) if (path / CONFIG_FILE).exists() else _open_run(path)
 
 
 def _open_run(path: Path) -> Opened:
@@ -103,16 +108,17 @@ def _open_run(path: Path) -> Opened:
     )
 
 
-def _open_adapter(path: Path) -> Opened:
+def _open_adapter(path: Path, base_model: str | None, texts: Path | None) -> Opened:
     file = read_adapter(path)
-    named = file.config.get("base_model_name_or_path")
+    lines = None if texts is None else _lines(texts)
+    named = base_model or file.config.get("base_model_name_or_path")
     if not named:
         raise AdapterFileError(f"{path / CONFIG_FILE} names no base model (base_model_name_or_path).")
     try:
         source = resolve_model(named)
     except RecipeError as error:
         raise AdapterFileError(f"{path / CONFIG_FILE}: its base model cannot be found: {error}") from error
-    revision = file.config.get("revision") or source.revision
+    revision = source.revision if base_model else file.config.get("revision") or source.revision
     try:
         config = AutoConfig.from_pretrained(source.path, revision=revision or "main", **_labels(file))
     except (OSError, ValueError) as error:
@@ -125,11 +131,24 @@ def _open_adapter(path: Path) -> Opened:
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{path}: the weights of its base model {named!r} cannot be loaded: {error}") from error
     tokenizer = _tokenizer(source.path, revision)
-    batch, inputs = _texts(tokenizer, config) if tokenizer is not None else _random_tokens(config)
+    if lines is not None and tokenizer is None:
+        raise DataError(f"{texts} cannot be read by the base model {named!r}, which has no tokenizer.")
+    batch, inputs = _texts(tokenizer, config, lines) if tokenizer is not None else _random_tokens(config)
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = batch["input_ids"]
-    model = peft.PeftModel.from_pretrained(base, str(path)).eval()
+    model = cast(peft.PeftModel, restored(base, path)).eval()
     return Opened(model, source.path, revision, 0, tokenizer, batch, inputs)
+
+
+def _lines(file: Path) -> list[str]:
+    """The first texts of a file that has one a line."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as text: {error}.") from error
+    if not any(lines):
+        raise DataError(f"{file} holds no text: write one a line.")
+    return [line for line in lines if line][:EXAMPLES]
 
 
 def _model_class(file: AdapterFile, config: PretrainedConfig) -> Any:
@@ -168,14 +187,20 @@ def _tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase | Non
     return tokenizer if tokenizer.pad_token is not None and tokenizer("a text").input_ids else None
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> tuple[dict[str, Tensor], str]:
-    try:
-        texts: Sequence[str] = [example.text for example in docstrings()[:EXAMPLES]]
-    except DataError:  # a Python without its sources
-        texts = ["Every text is a test.", "This one is a little longer than the one before it."]
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, lines: Sequence[str] | None
+) -> tuple[dict[str, Tensor], str]:
+    """Inputs of the texts that are given, or of some that are everywhere."""
+    texts, words = lines, "texts"
+    if texts is None:
+        words = "texts (docstrings of the standard library)"
+        try:
+            texts = [example.text for example in docstrings()[:EXAMPLES]]
+        except DataError:  # a Python without its sources
+            texts = ["Every text is a test.", "This one is a little longer than the one before it."]
     length = min(_TOKENS, positions(config) or _TOKENS)
     encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-    return _tensors(encoded), f"{len(texts)} texts (docstrings of the standard library)"
+    return _tensors(encoded), f"{len(texts)} {words}"
 
 
 def _random_tokens(config: PretrainedConfig) -> tuple[dict[str, Tensor], str]:

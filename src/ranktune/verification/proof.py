@@ -60,8 +60,17 @@ def adapter_agreement(opened: Opened, folder: Path) -> Agreement:
         ExportError: the folder does not load there.
     """
     expected, effect = expected_outputs(opened)
+    return _agreement(outputs_in_stock_peft(opened, folder), expected, effect, opened.inputs)
+
+
+def outputs_in_stock_peft(opened: Opened, folder: Path) -> Tensor:
+    """What a fresh process without ranktune computes with an adapter folder, on the opened base and inputs.
+
+    Raises:
+        ExportError: the folder does not load there.
+    """
     job = {"weights": opened.path, "revision": opened.revision, "adapter": str(folder)}
-    return _agreement(_outputs_elsewhere(opened, job), expected, effect, opened.inputs)
+    return _outputs_elsewhere(opened, job)
 
 
 def model_agreement(opened: Opened, expected: Tensor, effect: float, folder: Path) -> Agreement:
