@@ -121,11 +121,7 @@ def squeeze(
             strict=True,
         )
     )
-    kept = {
-        name: PlainModule(*(f.to(modules[name].A.dtype) for f in forms[name].factors(rank)), modules[name].magnitude)
-        for name, rank in ranks.items()
-        if rank
-    }
+    kept = {name: _truncated(forms[name], rank, modules[name]) for name, rank in ranks.items() if rank}
     lora = PlainLora(kept, _targets(saved, kept), saved.others, _fields(saved, kept))
 
     def fill(folder: Path) -> None:
@@ -221,6 +217,12 @@ def _components_for(energies: Tensor, forced: Tensor, share: float) -> int:
     reached = positive[forced].sum() + torch.cat([free.new_zeros(1), free.cumsum(0)])
     # Rounding of the sum must not ask for one component more.
     return int(forced.sum()) + int((reached < share * reached[-1] * (1.0 - 1e-12)).sum())
+
+
+def _truncated(form: SingularForm, rank: int, before: PlainModule) -> PlainModule:
+    """The module at its new rank, in the precision it had."""
+    A, B = form.factors(rank)
+    return PlainModule(A.to(before.A.dtype), B.to(before.B.dtype), before.magnitude)
 
 
 def _total_error(forms: Mapping[str, SingularForm], ranks: Mapping[str, int]) -> float:
