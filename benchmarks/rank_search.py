@@ -19,7 +19,6 @@ Scores are of examples that chose nothing. Runs are kept in `--out` and not repe
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,10 +42,9 @@ from ranktune.run.atomic import write_json
 from ranktune.run.display import SilentDisplay
 from ranktune.training import train
 from ranktune.update import LowRankUpdate
-from sequence_tasks import SETTINGS, Case, Study
+from sequence_tasks import SETTINGS, Case, Study, best_rate
 
 ALPHA = 16.0
-_MOST_RATES = 6
 
 console = Console()
 
@@ -98,20 +96,11 @@ class Search:
         return output, json.loads(record.read_text(encoding="utf-8"))
 
     def best_learning_rate(self, arm: Arm, rank: int, seed: int) -> float:
-        """The best of the study's grid on the validation examples; lower ones are tried while that helps."""
-        losses: dict[float, float] = {}
-
-        def tried(rate: float) -> float:
-            _, metrics = self.run(arm, Case(arm.variant, rank, rate, seed, "validation"))
-            score = math.inf if metrics["after"] is None else metrics["after"]
-            losses[rate] = -score if metrics["metric"] == "exact_match" else score
-            return losses[rate]
-
-        for rate in self.study.setting.learning_rates:
-            tried(rate)
-        while (best := min(losses, key=lambda rate: losses[rate])) == min(losses) and len(losses) < _MOST_RATES:
-            tried(best / 3)
-        return best
+        """The learning rate with the best score on the validation examples."""
+        return best_rate(
+            lambda rate: self.run(arm, Case(arm.variant, rank, rate, seed, "validation"))[1],
+            self.study.setting.learning_rates,
+        )
 
     def scores(self, arm: Arm, case: Case) -> dict[str, dict[int, float]]:
         """Arm name to the score at each rank, of all that one run of a nested arm or of the largest LoRA gives."""

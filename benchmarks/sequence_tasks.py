@@ -5,8 +5,9 @@
 
 Every run is what `ranktune train` does with the example's recipe, made shorter. The budget is what LoRA has at
 `--rank`; every other method gets the largest rank with at most as many parameters (and one percent). A method's
-learning rate is the best of a grid on a validation part split off the training examples, with the first seed; then
-every seed is scored on the recipe's evaluation examples, which nothing was chosen on. DyLoRA is trained once and scored
+learning rate is the best on a validation part split off the training examples, with the first seed, of a grid that goes
+on in either direction while that helps; then every seed is scored on the recipe's evaluation examples, which nothing
+was chosen on. DyLoRA is trained once and scored
 at every rank. Each run leaves one JSON file in `--out`; the runs that are there are not repeated, so a study can be
 stopped and taken up again.
 """
@@ -14,10 +15,11 @@ stopped and taken up again.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +39,7 @@ from ranktune.training import rehearse, train
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VALIDATION_SHARE = 0.1
 SLACK = 1.01  # how much more than the budget is still equal
+_MOST_RATES = 6
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Setting:
 
 
 SETTINGS = {
-    "g2p": Setting(12_800, 600, ("train.epochs=1", "train.batch_size=64"), (3e-3, 1e-2)),
-    "shakespeare": Setting(1000, 150, ("train.epochs=1", "train.batch_size=4"), (1e-3, 3e-3)),
+    "g2p": Setting(12_800, 600, ("train.epochs=2", "train.batch_size=64"), (3e-3, 1e-2)),
+    "shakespeare": Setting(1000, 150, ("train.epochs=2", "train.batch_size=4"), (1e-3, 3e-3)),
 }
 # Name of a row -> the method, and what else is set. DyLoRA's ranks are powers of two, up to the budget's.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -156,14 +159,31 @@ class Study:
         return rehearse(self.recipe(Case(variant, rank, 1e-3, 0, "validation")), self.file).adapter
 
     def best_learning_rate(self, variant: str, rank: int, seed: int) -> float:
-        """The learning rate of the grid with the best score on the validation examples."""
-        results = {
-            rate: self.result(Case(variant, rank, rate, seed, "validation")) for rate in self.setting.learning_rates
-        }
-        sign = -1 if next(iter(results.values()))["metric"] == "exact_match" else 1
-        # A run whose score is not finite has null there.
-        scores = {rate: sign * found["after"] for rate, found in results.items() if found["after"] is not None}
-        return min(scores, key=scores.__getitem__)
+        """The learning rate with the best score on the validation examples."""
+        return best_rate(
+            lambda rate: self.result(Case(variant, rank, rate, seed, "validation")), self.setting.learning_rates
+        )
+
+
+def best_rate(trained: Callable[[float], dict[str, Any]], grid: Sequence[float]) -> float:
+    """The learning rate whose run scores best, of a grid that goes on at an end while the best is there.
+
+    Args:
+        trained: learning rate to the metrics of its run.
+        grid: the rates to begin with, ascending.
+    """
+    losses: dict[float, float] = {}
+    rates = list(grid)
+    while rates:
+        for rate in rates:
+            metrics = trained(rate)
+            # A run whose score is not finite has null there.
+            score = math.inf if metrics["after"] is None else metrics["after"]
+            losses[rate] = -score if metrics["metric"] == "exact_match" and metrics["after"] is not None else score
+        best = min(losses, key=losses.__getitem__)
+        beyond = {min(losses): best / 3, max(losses): best * 3}
+        rates = [float(f"{beyond[best]:.1g}")] if best in beyond and len(losses) < _MOST_RATES else []
+    return best
 
 
 def _points(metrics: dict[str, Any], output: Path, case: Case) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import sequence_tasks
-from sequence_tasks import SETTINGS, Case, Study, _powers_of_two, rows
+from sequence_tasks import SETTINGS, Case, Study, _powers_of_two, best_rate, rows
 
 
 @pytest.fixture
@@ -34,18 +34,46 @@ def put(study: Study, case: Case, scores: dict[int, float | None], metric: str =
     (study.out / f"{case.name}.json").write_text(json.dumps(result))
 
 
-@pytest.mark.parametrize(("metric", "best"), [("exact_match", 0.01), ("nats_per_character", 0.003)])
+@pytest.mark.parametrize(("metric", "best"), [("exact_match", 0.01), ("nats_per_character", 0.001)])
 def test_the_learning_rate_is_chosen_on_validation_alone(study: Study, metric: str, best: float) -> None:
-    for rate, score in zip(SETTINGS["g2p"].learning_rates, (0.5, 0.6), strict=True):
+    for rate, score in {3e-4: 0.55, 0.001: 0.4, 0.003: 0.5, 0.01: 0.7, 0.03: 0.6}.items():
         put(study, Case("lora", 4, rate, 0, "validation"), {4: score}, metric)
-        put(study, Case("lora", 4, rate, 0, "test"), {4: 1.1 - score}, metric)  # would choose the other one
+        put(study, Case("lora", 4, rate, 0, "test"), {4: 1.1 - score}, metric)  # would choose another one
     assert study.best_learning_rate("lora", 4, 0) == best
 
 
+@pytest.mark.parametrize(
+    ("losses", "tried", "best"),
+    [
+        ({0.003: 2, 0.01: 1, 0.03: 3}, [0.003, 0.01, 0.03], 0.01),
+        ({0.003: 1, 0.01: 2, 0.001: 3}, [0.003, 0.01, 0.001], 0.003),
+        ({0.003: 2, 0.01: 3, 0.001: 1.5, 3e-4: 1.6}, [0.003, 0.01, 0.001, 3e-4], 0.001),
+        ({0.003: None, 0.01: None, 0.001: 1, 3e-4: 2}, [0.003, 0.01, 0.001, 3e-4], 0.001),
+    ],
+)
+def test_the_grid_goes_on_where_its_best_is_at_an_end(losses, tried, best) -> None:
+    seen = []
+
+    def trained(rate: float) -> dict[str, Any]:
+        seen.append(rate)
+        return {"metric": "nats_per_character", "after": losses[rate]}
+
+    assert best_rate(trained, (0.003, 0.01)) == best
+    assert seen == tried
+
+
+def test_a_grid_without_end_is_given_up() -> None:
+    seen = []
+    assert best_rate(lambda rate: seen.append(rate) or {"metric": "exact_match", "after": rate}, (1.0, 3.0)) == max(
+        seen
+    )
+    assert len(seen) == 6
+
+
 def test_a_run_that_diverged_is_not_chosen(study: Study) -> None:
-    for rate, score in zip(SETTINGS["g2p"].learning_rates, (None, 0.1), strict=True):
+    for rate, score in {0.001: 0.05, 0.003: 0.1, 0.01: None}.items():
         put(study, Case("lora", 4, rate, 0, "validation"), {4: score})
-    assert study.best_learning_rate("lora", 4, 0) == 0.01
+    assert study.best_learning_rate("lora", 4, 0) == 0.003
 
 
 def test_a_nested_adapter_has_a_row_for_every_rank(study: Study) -> None:
