@@ -18,7 +18,7 @@ help:  ## what can be made
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[quickstart,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[quickstart,quantized,dev]'
 	touch $@
 
 setup: $(VENV)/.installed  ## make the virtual environment and install everything in it

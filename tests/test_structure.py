@@ -15,6 +15,7 @@ SOURCE = Path(ranktune.__file__).parent
 FLOORS = [
     {
         "errors",
+        "frozen_weight",
         "lowrank",
         "magnitude",
         "schedule",
@@ -31,6 +32,7 @@ FLOORS = [
         "adapter_file",
         "peft_compat",
         "left_out",
+        "quantised_weight",
         "tuner",
         "adapters",
         "quantised_state",

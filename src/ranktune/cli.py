@@ -6,6 +6,7 @@ Typer is its only heavy import until a command runs.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import traceback
@@ -29,6 +30,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# They report, on import and in every process, what they could not load and do not need.
+_CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
 
@@ -659,6 +663,8 @@ def inspect(
 
 def main() -> None:
     """The `ranktune` command."""
+    for library in _CHATTY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     app()
 
 

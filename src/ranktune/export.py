@@ -22,6 +22,7 @@ from ranktune.adapter_file import TENSOR_FILE
 from ranktune.adapters import layers
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, ExportError, did_you_mean
+from ranktune.frozen_weight import dense
 from ranktune.magnitude import gain_offset, norm_dtype, row_norms, weight_norms
 from ranktune.methods import DyLoraConfig
 from ranktune.peft_compat import FILE_PREFIX, PREFIX, pattern_value
@@ -148,7 +149,7 @@ def _approximated(module: PlainModule, layer: RankLayer, rank: int) -> tuple[Pla
         weight = layer.frozen().weight
         delta = module.B @ module.A
         norms = row_norms(weight, weight_norms(weight), module.A, module.B, 1.0)
-        form = dense_singular_form(delta + gain_offset(module.magnitude, norms).unsqueeze(1) * (weight + delta))
+        form = dense_singular_form(delta + gain_offset(module.magnitude, norms).unsqueeze(1) * (dense(weight) + delta))
     return PlainModule(*form.factors(rank)), form.error(rank)
 
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ranktune.frozen_weight import Weight, input_gradient, keep_weight, kept_weight, linear, product
 from ranktune.sensitivity import sensitivity
 
 # Tokens per slice of a reduction over tokens on the CPU.
@@ -44,7 +44,7 @@ class Span(NamedTuple):
 
 def low_rank_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -61,7 +61,8 @@ def low_rank_linear(
 
     Args:
         x: [..., in], the layer's input.
-        weight: [out, in], frozen (it gets no gradient); any strides, so a transposed view serves ``Conv1D``.
+        weight: [out, in], frozen (it gets no gradient); any strides, so a transposed view serves ``Conv1D``; or one
+            that comes in blocks of rows, of which backward makes one at a time.
         bias: [out] or None, frozen; added once and never scaled by the gain.
         A: [r, in]. B: [out, r]. Cast to the compute dtype, which is autocast's where it is on, else x's.
         scale: s, multiplies ``B A``.
@@ -186,7 +187,7 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
@@ -198,7 +199,7 @@ class _LowRankLinear(torch.autograd.Function):
         small_gain: bool,
         score: Tensor | None,  # noqa: ARG004  (only its gradient matters)
     ) -> Tensor:
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = linear(x, weight, bias)
         A_span, B_span = _leading(A, B, span, x.dtype)
         u = zero_dropped(x, dropped) @ (A_span * survival).T
         y.addmm_(u, B_span.T, alpha=scale)
@@ -219,13 +220,14 @@ class _LowRankLinear(torch.autograd.Function):
             ctx.output = y.detach()
             ctx.output.set_()  # pyright: ignore[reportCallIssue]
             ctx.output_version = ctx.output._version
-        ctx.save_for_backward(x, weight, bias, A, B, u, offset, dropped, kept_output)
+        ctx.save_for_backward(x, keep_weight(ctx, weight), bias, A, B, u, offset, dropped, kept_output)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, A, B, u, offset, dropped, y = ctx.saved_tensors
+        weight = kept_weight(ctx, weight)
         needs, span = ctx.needs_input_grad, ctx.span
         A_span, B_span = _leading(A, B, span, x.dtype)
         d_offset = None
@@ -236,11 +238,11 @@ class _LowRankLinear(torch.autograd.Function):
                     d_offset.sub_(bias * _column_sum(dy, offset.dtype))
                 d_offset.div_(offset + 1.0)
             else:
-                unscaled = F.linear(x, weight.to(x.dtype)).addmm_(u, B_span.T, alpha=ctx.scale)
+                unscaled = product(x, weight, bias).addmm_(u, B_span.T, alpha=ctx.scale)
                 d_offset = _column_dot(dy, unscaled, offset.dtype)
         dv = dy if offset is None else _gain_times(dy, offset)
         du = dv @ (B_span * ctx.scale)
-        dx = dv @ weight.to(dv.dtype) if needs[0] else None
+        dx = input_gradient(dv, weight) if needs[0] else None
         if dx is not None:
             if dropped is None:
                 dx.addmm_(du, A_span)
@@ -259,7 +261,7 @@ class _TwoPathLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
@@ -270,22 +272,23 @@ class _TwoPathLinear(torch.autograd.Function):
         survival: float,
         score: Tensor | None,  # noqa: ARG004
     ) -> Tensor:
-        w = weight.to(x.dtype)
-        y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+        y = linear(x, weight, bias)
         zeroed = zero_dropped(x, dropped)
         A_span, B_span = _leading(A, B, span, x.dtype)
         u = zeroed @ (A_span * survival).T
         y.addmm_(u, B_span.T, alpha=scale)
-        unscaled = F.linear(zeroed, w).addmm_(u, B_span.T, alpha=scale, beta=survival)
+        unscaled = product(zeroed, weight, bias).addmm_(u, B_span.T, alpha=scale, beta=survival)
         torch.addcmul(y, unscaled, offset, out=y)
         ctx.scale, ctx.survival, ctx.span = scale, survival, span
-        ctx.save_for_backward(x, weight, A, B, u, offset, dropped, unscaled if ctx.needs_input_grad[7] else None)
+        kept_unscaled = unscaled if ctx.needs_input_grad[7] else None
+        ctx.save_for_backward(x, keep_weight(ctx, weight), A, B, u, offset, dropped, kept_unscaled)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, A, B, u, offset, dropped, unscaled = ctx.saved_tensors
+        weight = kept_weight(ctx, weight)
         needs, span = ctx.needs_input_grad, ctx.span
         A_span, B_span = _leading(A, B, span, x.dtype)
         d_offset = _column_dot(dy, unscaled, offset.dtype) if needs[7] else None
@@ -293,10 +296,10 @@ class _TwoPathLinear(torch.autograd.Function):
         du = dv @ (B_span * ctx.scale)
         dx = None
         if needs[0]:
-            w = weight.to(dy.dtype)
             # Not dv - dy: in bfloat16 a small offset would be lost in the difference.
-            through_dropout = ((dy * offset.to(dy.dtype)) @ w).addmm_(du, A_span, alpha=ctx.survival, beta=ctx.survival)
-            dx = (dy @ w).add_(through_dropout.masked_fill_(dropped, 0.0))
+            through_dropout = input_gradient(dy * offset.to(dy.dtype), weight)
+            through_dropout.addmm_(du, A_span, alpha=ctx.survival, beta=ctx.survival)
+            dx = input_gradient(dy, weight).add_(through_dropout.masked_fill_(dropped, 0.0))
         zeroed = zero_dropped(x, dropped) if needs[3] or needs[10] else x
         dA, dB = _factor_gradients(ctx, zeroed, u, du, dv, A, B)
         d_score = sensitivity(dv, zeroed, A_span, B_span, ctx.scale * ctx.survival) if needs[10] else None

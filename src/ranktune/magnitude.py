@@ -10,10 +10,14 @@ with W, where a dense norm needs three [out, in] ones. Everything is at least fl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ranktune.frozen_weight import FrozenRows, Weight, input_gradient
 
 # Rows of a low-precision weight are widened this many at a time, so that no [out, in] float32 copy exists.
 _CHUNK_ROWS = 1024
@@ -41,20 +45,20 @@ class WeightNorms:
     floor: Tensor
 
 
-def weight_norms(weight: Tensor) -> WeightNorms:
+def weight_norms(weight: Weight) -> WeightNorms:
     """The constants of a frozen weight [out, in]."""
     wide = norm_dtype(weight.dtype)
-    squared = torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(_CHUNK_ROWS)])
+    squared = torch.cat([rows.to(wide).square().sum(1) for rows in _blocks(weight)])
     return WeightNorms(squared, squared.sqrt().mean().mul(1e-6).clamp_min(1e-12))
 
 
 def row_norms(
-    weight: Tensor, constants: WeightNorms, A: Tensor, B: Tensor, scale: float, *, guard: bool = True
+    weight: Weight, constants: WeightNorms, A: Tensor, B: Tensor, scale: float, *, guard: bool = True
 ) -> Tensor:
     """``max(||W_j + s (B A)_j||, floor)`` for every row j.
 
     Args:
-        weight: [out, in], any dtype. constants: its `weight_norms`.
+        weight: [out, in], any dtype, or in blocks of rows. constants: its `weight_norms`.
         A: [r, in]. B: [out, r]. scale: s.
         guard: recompute densely the rows where the update nearly cancels the weight. It reads one flag back from
             the device, so it is off inside ``torch.compile``.
@@ -79,14 +83,37 @@ def row_norms(
     return torch.where(above, torch.where(above, total, 1.0).sqrt(), floor)
 
 
-def _twice_cross_plus_gram(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def _twice_cross_plus_gram(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """``2 s W A^T + s^2 B A A^T`` [out, r]: its rows times those of B are what the update adds to ``||W_j||^2``."""
     gram = A @ A.T
+    if isinstance(weight, FrozenRows) and A.requires_grad and torch.is_grad_enabled():
+        return torch.addmm(_CrossProduct.apply(weight, A), B, gram, beta=2.0 * scale, alpha=scale * scale)
     parts = [
         torch.addmm(rows.to(A.dtype) @ A.T, B_rows, gram, beta=2.0 * scale, alpha=scale * scale)
-        for rows, B_rows in zip(weight.split(_CHUNK_ROWS), B.split(_CHUNK_ROWS), strict=True)
+        for rows, B_rows in zip(_blocks(weight), B.split(_block_size(weight)), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _block_size(weight: Weight) -> int:
+    return weight.block if isinstance(weight, FrozenRows) else _CHUNK_ROWS
+
+
+def _blocks(weight: Weight) -> Iterable[Tensor]:
+    return weight.blocks() if isinstance(weight, FrozenRows) else weight.split(_CHUNK_ROWS)
+
+
+class _CrossProduct(torch.autograd.Function):
+    """``W A^T`` [out, r] for a weight in blocks of rows: they are made again in backward, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: FrozenRows, A: Tensor) -> Tensor:
+        ctx.weight = weight
+        return torch.cat([rows.to(A.dtype) @ A.T for rows in weight.blocks()])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, input_gradient(gradient.T, ctx.weight)
 
 
 def gain_offset(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ranktune.frozen_weight import Weight, input_gradient, keep_weight, kept_weight, linear
 from ranktune.lowrank import draw_dropped, zero_dropped
 
 
 def mixture_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -42,7 +43,7 @@ def mixture_linear(
 
     Args:
         x: [..., in], the layer's input.
-        weight: [out, in], frozen (it gets no gradient); any strides, so a transposed view serves ``Conv1D``.
+        weight: [out, in], frozen, as in `ranktune.lowrank.low_rank_linear`.
         bias: [out] or None, frozen.
         A: [r, in]. B: [out, r]. Used in the compute dtype, which is autocast's where it is on, else x's.
         expert_A: [N, r], the rows a_i. expert_B: [N, out], the rows b_i.
@@ -140,7 +141,7 @@ class _MixtureLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
@@ -153,7 +154,7 @@ class _MixtureLinear(torch.autograd.Function):
         balance: Tensor | None,  # noqa: ARG004  (only its gradient matters)
         balance_count: Tensor | None,  # noqa: ARG004
     ) -> tuple[Tensor, Tensor]:
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = linear(x, weight, bias)
         wide = _wide(x)
         if dropped is None and x.dtype == wide:
             # One reading of x: 16 columns take the time of 8.
@@ -166,19 +167,20 @@ class _MixtureLinear(torch.autograd.Function):
         y.addmm_(_spread(gates, h), stacked_up(B, expert_A * scale, expert_B).to(x.dtype))
         ctx.scale, ctx.survival = scale, survival
         ctx.mark_non_differentiable(gates)
-        ctx.save_for_backward(x, weight, A, B, expert_A, expert_B, router, h, gates, dropped)
+        ctx.save_for_backward(x, keep_weight(ctx, weight), A, B, expert_A, expert_B, router, h, gates, dropped)
         return y, gates
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, A, B, expert_A, expert_B, router, h, gates, dropped = ctx.saved_tensors
+        weight = kept_weight(ctx, weight)
         needs = ctx.needs_input_grad
         M = stacked_up(B, expert_A * ctx.scale, expert_B).to(dy.dtype)
         dz = (dy @ M.T).to(gates.dtype).unflatten(1, expert_A.shape)
         dh = torch.bmm(gates.unsqueeze(1), dz).squeeze(1)
         d_logits = _softmax_backward(gates, torch.bmm(dz, h.to(gates.dtype).unsqueeze(2)).squeeze(2))
-        dx = dy @ weight.to(dy.dtype) if needs[0] else None
+        dx = input_gradient(dy, weight) if needs[0] else None
         if dx is not None:
             if dropped is None:
                 dx.addmm_(torch.cat([dh, d_logits], 1).to(dy.dtype), torch.cat([A, router]).to(dy.dtype))

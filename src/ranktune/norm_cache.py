@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ranktune.frozen_weight import FrozenRows, Weight
 from ranktune.magnitude import WeightNorms, row_norms, weight_norms
 
 
@@ -65,20 +66,21 @@ class NormCache:
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
         return (NormCache, ())
 
-    def constants(self, weight: Tensor) -> WeightNorms:
+    def constants(self, weight: Weight) -> WeightNorms:
         """The weight's own norms, recomputed when it has changed."""
-        if not _cacheable(weight):
-            return weight_norms(weight.detach())
-        mark = _mark(weight, follows_optimizer=weight.requires_grad)
+        stored, rows = (weight.stored, weight) if isinstance(weight, FrozenRows) else (weight, weight.detach())
+        if not _cacheable(stored):
+            return weight_norms(rows)
+        mark = _mark(stored, follows_optimizer=stored.requires_grad)
         if self._constants is None or self._weight_mark != mark:
-            self._constants, self._weight_mark = weight_norms(weight.detach()), mark
+            self._constants, self._weight_mark = weight_norms(rows), mark
         return self._constants
 
     @torch.no_grad()
-    def norms(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, sources: Sequence[Tensor]) -> Tensor:
+    def norms(self, weight: Weight, A: Tensor, B: Tensor, scale: float, sources: Sequence[Tensor]) -> Tensor:
         """``||W_j + s (B A)_j||`` [out], without history; ``sources`` are the tensors that A and B were made from."""
         constants = self.constants(weight)
-        if not _cacheable(weight, *sources):
+        if not _cacheable(weight.stored if isinstance(weight, FrozenRows) else weight, *sources):
             return row_norms(weight, constants, A, B, scale, guard=not torch.compiler.is_compiling())
         marks = (self._weight_mark, scale, len(A), *(_mark(source, follows_optimizer=True) for source in sources))
         if self._cached is None or not self._cached.holds_for(marks, sources):

@@ -16,7 +16,6 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
     quantization_extra_repr,
     resolve_quantization_backend,
 )
@@ -28,6 +27,13 @@ from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, did_you_mean
 from ranktune.left_out import LeftOutWarning, explain, is_all_linear, left_out
 from ranktune.peft_compat import PREFIX, CheckedLoading, UnmatchedTargetError, feature_counts, pattern_value, register
+from ranktune.quantised_weight import (
+    can_dequantise,
+    keep_layout,
+    quantisation_options,
+    quantised_weight,
+    warn_of_misread,
+)
 from ranktune.update import Base, LowRankUpdate
 
 logger = logging.getLogger("ranktune")
@@ -104,8 +110,11 @@ class RankLayer(nn.Module, BaseTunerLayer):
     def frozen(self) -> Base:
         """The base layer's own weight [out, in], whether or not an adapter is merged into it, and its bias."""
         layer = self.get_base_layer()
-        weight = self.original_weight if self.original_weight is not None else self._base_weight()
-        return Base(weight.T if isinstance(layer, Conv1D) else weight, cast("Tensor | None", layer.bias))
+        bias = cast("Tensor | None", layer.bias)
+        if self.quantization_backend is not None:
+            return Base(quantised_weight(layer, self.quantization_backend), bias)
+        weight = self._weight if self.original_weight is None else self.original_weight
+        return Base(weight.T if isinstance(layer, Conv1D) else weight, bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output [..., out] for x [..., in]; further arguments go to the base layer."""
@@ -120,10 +129,7 @@ class RankLayer(nn.Module, BaseTunerLayer):
                     warn_without_controller(name)
         if len(names) == 1 and not args and not kwargs and self._can_fuse():
             return self.update_of(names[0])(x, self.frozen(), self.scaling[names[0]])
-        output = self.base_layer(x, *args, **kwargs)
-        if names and self.quantization_backend is not None:
-            output = self.quantization_backend.maybe_clone_base_result(output)
-        base_output = output
+        output = base_output = self.base_layer(x, *args, **kwargs)
         for name in names:
             output = output + self.update_of(name).plain_delta(x, base_output, self.frozen, self.scaling[name])
         return output
@@ -131,11 +137,14 @@ class RankLayer(nn.Module, BaseTunerLayer):
     def _can_fuse(self) -> bool:
         """Whether the fused op may stand in for the base layer's own forward.
 
-        It reads the weight and never calls the layer: nothing may hang on that call, and the weight must be an
-        ordinary frozen tensor. The compiler fuses the plain formula itself.
+        It reads an ordinary frozen weight and never calls the layer, so nothing may hang on that call; of a quantised
+        layer it calls forward and does the way back itself. The compiler fuses the plain formula itself.
         """
         layer = self.base_layer
-        if torch.compiler.is_compiling() or type(layer) not in (nn.Linear, Conv1D) or self.quantization_backend:
+        backend = self.quantization_backend
+        if torch.compiler.is_compiling() or isinstance(layer, BaseTunerLayer):
+            return False
+        if backend is None and type(layer) not in (nn.Linear, Conv1D):
             return False
         hooked = (
             layer._forward_hooks
@@ -147,12 +156,12 @@ class RankLayer(nn.Module, BaseTunerLayer):
         )
         if hooked:
             return False
-        weight, bias = self._weight, cast("Tensor | None", layer.bias)
-        return (
-            type(weight) in (nn.Parameter, Tensor)
-            and not weight.requires_grad
-            and (bias is None or not bias.requires_grad)
-        )
+        bias = cast("Tensor | None", layer.bias)
+        if bias is not None and bias.requires_grad:
+            return False
+        if backend is not None:
+            return can_dequantise(backend)
+        return type(self._weight) in (nn.Parameter, Tensor) and not self._weight.requires_grad
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the base weight: computed in float32 from the original weight and cast once.
@@ -219,10 +228,6 @@ class RankLayer(nn.Module, BaseTunerLayer):
     def _weight(self) -> Tensor:
         return cast(Tensor, self.get_base_layer().weight)
 
-    def _base_weight(self) -> Tensor:
-        """The base layer's weight, dequantised where PEFT knows how."""
-        return self._weight if self.quantization_backend is None else self.get_base_weight()
-
     def __repr__(self) -> str:
         return "ranktune." + super().__repr__()
 
@@ -246,6 +251,8 @@ class RankTuner(CheckedLoading):
         """
         config = cast(RankConfig, self.peft_config[adapter_name])
         refuse_unmatched_targets(config, model)
+        keep_layout(model)
+        warn_of_misread(model)
         if is_all_linear(config):
             warn_of_left_out(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -264,7 +271,7 @@ class RankTuner(CheckedLoading):
         if isinstance(target, RankLayer):
             target.update_layer(adapter_name, config, current_key)
             return
-        quantization = get_quantization_kwargs(self)
+        quantization = quantisation_options(self)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base, (nn.Linear, Conv1D)) and not resolve_quantization_backend(base, **quantization):
             raise ConfigError(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranktune.errors import ConfigError
+from ranktune.frozen_weight import Weight, dense, product
 from ranktune.lowrank import Span, low_rank_linear
 from ranktune.magnitude import gain_offset, has_small_gain, norm_dtype, row_norms
 from ranktune.norm_cache import NormCache
@@ -27,11 +28,11 @@ class Base:
     """The frozen layer under an adapter, as the update needs it.
 
     Attributes:
-        weight: [out, in], any strides.
+        weight: [out, in], any strides, or in blocks of rows where the layer keeps it in fewer bits.
         bias: [out] or None.
     """
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
 
 
@@ -180,7 +181,7 @@ class LowRankUpdate(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
-    def init_magnitude(self, weight: Tensor, scale: float) -> int:
+    def init_magnitude(self, weight: Weight, scale: float) -> int:
         """Add the magnitude, equal to the row norms of ``W + s B A``, so that W' = W + s B A at the start.
 
         On the meta device, where the values will come from a file, only the shape is made.
@@ -236,18 +237,18 @@ class LowRankUpdate(nn.Module):
             return low_rank
         layer = base()
         if dropout > 0.0 and self.drop_base_path:
-            unscaled = F.linear(dropped, layer.weight.to(dtype))
+            unscaled = product(dropped, layer.weight, layer.bias)
         else:
             unscaled = base_output if layer.bias is None else base_output - layer.bias
         return (low_rank + self._gain_offset(layer.weight, A, B, scale) * (unscaled + low_rank)).to(dtype)
 
-    def delta_weight(self, weight: Tensor, scale: float) -> Tensor:
+    def delta_weight(self, weight: Weight, scale: float) -> Tensor:
         """``W' - W`` [out, in], at least float32: what forward adds in evaluation."""
         wide = norm_dtype(weight.dtype)
         A, B, scale = self.factors(scale)
         delta = scale * (B.to(wide) @ A.to(wide))
         if self.decomposed:
-            delta = delta + self._gain_offset(weight, A, B, scale).unsqueeze(1) * (weight.to(wide) + delta)
+            delta = delta + self._gain_offset(weight, A, B, scale).unsqueeze(1) * (dense(weight).to(wide) + delta)
         return delta
 
     def factors(self, scale: float) -> tuple[Tensor, Tensor, float]:
@@ -287,7 +288,7 @@ class LowRankUpdate(nn.Module):
         """Indices into `factors`. A component pruned for now may have been moved since: forward then adds it."""
         return (cast(Tensor, self.rank_active) | (self.required_gate() != 0)).nonzero().squeeze(1)
 
-    def _gain_offset(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, span: Span | None = None) -> Tensor:
+    def _gain_offset(self, weight: Weight, A: Tensor, B: Tensor, scale: float, span: Span | None = None) -> Tensor:
         """``m / ||W + s B A|| - 1`` [out], for the gated B."""
         if span is not None:
             A, B = span.of(A, B)
