@@ -25,6 +25,7 @@ FLOORS = [
         "recompression",
         "mixture",
         "processes",
+        "cut_energy",
     },
     {"config", "norm_cache", "update", "growing", "nested", "policy", "balance", "gate_usage", "routed"},
     {"methods"},
@@ -50,6 +51,7 @@ FLOORS = [
         "plain_lora",
         "saved_adapter",
         "rank_setting",
+        "rank_budget",
     },
     {
         "baselines",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,54 @@ def grow_best(scores: Tensor, room: Tensor, costs: Tensor, budget: int, count: i
             left -= taken * int(costs[module])
             count -= 1
     return grown
+
+
+def spend_best(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], spare: int) -> list[int]:
+    """Raise modules from their smallest sizes, so that the errors' sum is small and what it costs within a budget.
+
+    Steps are taken by the fall of the error for their cost, across as many sizes as are needed to see it (a size that
+    gains little may lead to one that gains much: the lower convex hull of each module's errors); one that does not fit
+    is passed over. What is left goes to single steps, the best that fits first, even where an error rises: in the end
+    no module's next size would fit.
+
+    Args:
+        errors: for each module, of each of its sizes; finite. costs: the same, rising. Of equal steps the earlier
+            module's comes first.
+        spare: what may be spent beyond the smallest sizes.
+
+    Returns:
+        For each module, which of its sizes.
+    """
+    chosen, left = [0] * len(errors), spare
+    steps = [
+        (slope, module, start, end)
+        for module, (error, cost) in enumerate(zip(errors, costs, strict=True))
+        for slope, start, end in _hull(error, cost)
+    ]
+    for _, module, start, end in sorted(steps):
+        price = costs[module][end] - costs[module][start]
+        if chosen[module] == start and price <= left:
+            chosen[module], left = end, left - price
+    while fitting := [
+        ((errors[m][now + 1] - errors[m][now]) / (costs[m][now + 1] - costs[m][now]), m)
+        for m, now in enumerate(chosen)
+        if now + 1 < len(costs[m]) and costs[m][now + 1] - costs[m][now] <= left
+    ]:
+        _, module = min(fitting)
+        chosen[module] += 1
+        left -= costs[module][chosen[module]] - costs[module][chosen[module] - 1]
+    return chosen
+
+
+def _hull(errors: Sequence[float], costs: Sequence[int]) -> list[tuple[float, int, int]]:
+    """The falling part of the lower convex hull: slope, first and last size of each of its edges, steepest first."""
+    edges, start = [], 0
+    while start + 1 < len(errors):
+        slope, negative_end = min(
+            ((errors[end] - errors[start]) / (costs[end] - costs[start]), -end) for end in range(start + 1, len(errors))
+        )
+        if slope >= 0.0:
+            break
+        edges.append((slope, start, -negative_end))
+        start = -negative_end
+    return edges

@@ -73,6 +73,13 @@ class Scorer:
         """Every score of the model as it is now."""
         return scores_only(self.trainer.evaluate())
 
+    def loss(self, examples: int) -> float:
+        """The mean loss of the model as it is now over the first examples of the split, without the task's scores."""
+        split: Any = self.trainer.eval_dataset
+        some = self.trainer.get_eval_dataloader(split.select(range(min(examples, len(split)))))
+        output = self.trainer.evaluation_loop(some, "", prediction_loss_only=True)
+        return (output.metrics or {})["eval_loss"]
+
 
 @contextmanager
 def rebuilt(output: Path, display: Display, split: Split = "evaluation") -> Iterator[Scorer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,11 @@ class ExportedRun:
 
 
 def export_trained(
-    path: Path, out: Path, profile: Profile = "uniform", rank: int | None = None, svd_rank: int | None = None
+    path: Path,
+    out: Path,
+    profile: Profile = "uniform",
+    rank: int | Mapping[str, int] | None = None,
+    svd_rank: int | None = None,
 ) -> ExportedRun:
     """Write `export_lora`'s folder for what `ranktune train` left, and prove it.
 
@@ -37,7 +42,9 @@ def export_trained(
     Args:
         path: a run's output directory, or an adapter folder.
         out: the folder to make; it must not exist, or be empty.
-        profile, rank, svd_rank: of `export_lora`. The outputs of a truncated SVD are compared and reported, not judged.
+        profile: of `export_lora`.
+        rank: of a nested adapter (dylora), the rank to cut it at, or module name to rank.
+        svd_rank: of `export_lora`. The outputs of a truncated SVD are compared and reported, not judged.
 
     Raises:
         ExportError: the outputs differ by more than rounding; nothing was kept.
@@ -49,7 +56,7 @@ def export_trained(
 
     def fill(folder: Path) -> None:
         with nullcontext() if rank is None else at_rank(opened.model, rank):
-            exported = export_lora(opened.model, folder, profile, rank, svd_rank=svd_rank)
+            exported = export_lora(opened.model, folder, profile, svd_rank=svd_rank)
             agreement = adapter_agreement(opened, folder)
         if svd_rank is None and not agreement.holds(torch.float32):
             raise ExportError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -10,13 +10,13 @@ from torch import nn
 from ranktune.adapters import updates
 from ranktune.attachment import active_adapter, adapter_config
 from ranktune.config import is_count
-from ranktune.errors import ConfigError
+from ranktune.errors import ConfigError, did_you_mean
 from ranktune.methods import DyLoraConfig
 from ranktune.nested import NestedUpdate
 from ranktune.tuner import RankLayer
 
 
-def set_rank(model: nn.Module, b: int, adapter_name: str | None = None) -> None:
+def set_rank(model: nn.Module, b: int | Mapping[str, int], adapter_name: str | None = None) -> None:
     """Let a nested adapter (``dylora``) use its first b components from now on, with the scale of rank b.
 
     Evaluation, merging, exporting and saving then see rank b; training with a controller goes on drawing its ranks.
@@ -25,22 +25,30 @@ def set_rank(model: nn.Module, b: int, adapter_name: str | None = None) -> None:
 
     Args:
         model: the PEFT model.
-        b: counted from 1; one of the ranks that were trained.
+        b: counted from 1; one of the ranks that were trained. Or module name (as in `ranktune.ranks`) to such a rank:
+            other modules stay as they are. No step trains unequal ranks, so what they are worth has to be measured.
         adapter_name: which adapter; the active one by default.
 
     Raises:
-        ConfigError: b is no such rank, the adapter is not nested, or it is merged into the base weights.
+        ConfigError: b is no such rank, a module is not in the adapter, the adapter is not nested, or it is merged into
+            the base weights.
     """
     name = adapter_name or active_adapter(model)
-    refuse_untrained_rank(model, b, name)
+    nested = _nested_updates(model, name)
+    wanted = b if isinstance(b, Mapping) else dict.fromkeys(nested, b)
+    for rank in b.values() if isinstance(b, Mapping) else [b]:
+        refuse_untrained_rank(model, rank, name)
+    for module in wanted:
+        if module not in nested:
+            raise ConfigError(f"adapter {name!r} has no module {module!r}.{did_you_mean(module, nested)}")
     for layer in model.modules():
         if isinstance(layer, RankLayer) and name in layer.merged_adapters:
             raise ConfigError(
                 f"adapter {name!r} is merged into the base weights at rank {layer.update_of(name).rank}: unmerge it "
                 "before its rank is set (model.unmerge_adapter())."
             )
-    for update in _nested_updates(model, name):
-        update.set_rank(min(b, update.capacity))
+    for module, rank in wanted.items():
+        nested[module].set_rank(min(rank, nested[module].capacity))
 
 
 def refuse_untrained_rank(model: nn.Module, b: int, adapter_name: str) -> None:
@@ -58,19 +66,19 @@ def trained_ranks(model: nn.Module, adapter_name: str | None = None) -> list[int
     """
     name = adapter_name or active_adapter(model)
     config = _nested_config(model, name)
-    highest = max(update.capacity for update in _nested_updates(model, name))
+    highest = max(update.capacity for update in _nested_updates(model, name).values())
     # An adapter that was compacted at some rank ends there.
     return [b for b in config.nested_ranks if b < highest] + [highest]
 
 
 @contextmanager
-def at_rank(model: nn.Module, b: int, adapter_name: str | None = None) -> Iterator[None]:
-    """Let a nested adapter work at rank b inside a ``with``, and as before after it.
+def at_rank(model: nn.Module, b: int | Mapping[str, int], adapter_name: str | None = None) -> Iterator[None]:
+    """Let a nested adapter work at rank b, or each module at its own, inside a ``with``, and as before after it.
 
     Raises:
         ConfigError: as `set_rank` does.
     """
-    nested = _nested_updates(model, adapter_name or active_adapter(model))
+    nested = _nested_updates(model, adapter_name or active_adapter(model)).values()
     before = [update.rank for update in nested]
     set_rank(model, b, adapter_name)
     try:
@@ -90,6 +98,7 @@ def _nested_config(model: nn.Module, name: str) -> DyLoraConfig:
     return config
 
 
-def _nested_updates(model: nn.Module, name: str) -> list[NestedUpdate]:
+def _nested_updates(model: nn.Module, name: str) -> dict[str, NestedUpdate]:
+    """Module name to its update."""
     _nested_config(model, name)
-    return [update for _, update in updates(model, name) if isinstance(update, NestedUpdate)]
+    return {module: update for module, update in updates(model, name) if isinstance(update, NestedUpdate)}

@@ -30,17 +30,22 @@ def export_lines(result: ExportedRun, folder: Path) -> list[str]:
         )
     if exported.decomposed:
         lines.append("PEFT reads a DoRA; vLLM, TGI and llama.cpp do not: use --svd-rank or `ranktune merge` for them")
-    lines.append(f"{_agreement(result.agreement)}, with stock PEFT {result.agreement.peft}")
+    lines.append(f"{agreement_line(result.agreement)}, with stock PEFT {result.agreement.peft}")
     return [*lines, f"Saved in {folder}."]
 
 
 def merge_lines(result: Merged) -> list[str]:
     """Size and proof."""
     dtype = str(result.dtype).removeprefix("torch.")
-    return [f"{dtype} weights, {size(result.nbytes)}", _agreement(result.agreement), f"Saved in {result.directory}."]
+    return [
+        f"{dtype} weights, {size(result.nbytes)}",
+        agreement_line(result.agreement),
+        f"Saved in {result.directory}.",
+    ]
 
 
-def _agreement(agreement: Agreement) -> str:
+def agreement_line(agreement: Agreement) -> str:
+    """What a fresh process found."""
     return (
         f"checked on {agreement.inputs} in a process without ranktune: largest difference {agreement.difference:.2g}, "
         f"in outputs up to {agreement.largest:.3g} that the adapter moves by up to {agreement.effect:.3g}"

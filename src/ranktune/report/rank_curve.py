@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from rich.table import Table
 
+from ranktune.report.exports import agreement_line
 from ranktune.report.style import BLUE, GREEN, GREY, dress, new_figure
 from ranktune.report.tables import number, size
 
 if TYPE_CHECKING:
     from ranktune.rank_curve import RankCurve
-    from ranktune.truncation import Truncated
+    from ranktune.truncation import Spending, Truncated
 
 # So many labels fit on the rank axis; more are thinned out.
 _LABELLED_RANKS = 16
@@ -63,12 +64,35 @@ def drawn_figure(steps: Mapping[int, int], title: str) -> Figure:
     return figure
 
 
+def spending_table(spending: Spending, parameters: int) -> Table:
+    """The score of the chosen ranks, beside one rank for all modules and the whole adapter."""
+    ranks = spending.ranks.values()
+    table = Table()
+    table.add_column(f"at most {spending.budget:,} parameters")
+    table.add_column("parameters", justify="right")
+    table.add_column(f"{spending.metric.replace('_', ' ')}, {spending.split} split", justify="right")
+    own = f"ranks {min(ranks)} to {max(ranks)}, by {spending.by}"
+    table.add_row(own, f"{parameters:,}", number(spending.score))
+    uniform = f"rank {spending.uniform_rank} everywhere"
+    table.add_row(uniform, f"{spending.uniform_parameters:,}", number(spending.uniform_score))
+    table.add_row("the whole adapter", f"{spending.full_parameters:,}", number(spending.full_score))
+    return table
+
+
 def truncated_lines(result: Truncated) -> list[str]:
-    """What was written, and how much its score can be trusted."""
-    lines = [f"Rank {result.rank}: {result.parameters:,} parameters, {size(result.adapter_bytes)}, in {result.folder}"]
+    """What was written, the proof, and how much its score can be trusted."""
+    size_of_file = size(result.written.exported.nbytes)
+    ranks = f"Rank {result.rank}" if result.spending is None else f"Ranks up to {result.rank}"
+    lines = [f"{ranks}: {result.parameters:,} parameters, {size_of_file}, in {result.folder}"]
+    lines.append(f"{agreement_line(result.written.agreement)}, with stock PEFT {result.written.agreement.peft}")
     if result.curve is not None:
         lines.append(
-            f"The rank was chosen on the evaluation split out of {len(result.curve.points)}, so its score there is "
-            "optimistic: report one on data that chose nothing."
+            f"The rank was chosen on the {result.curve.split} split out of {len(result.curve.points)}, so its score "
+            "there is optimistic: report one on data that chose nothing."
+        )
+    if result.spending is not None and result.spending.by == "loss":
+        lines.append(
+            f"The ranks were chosen on the {result.spending.split} split, so their score there is optimistic: report "
+            "one on data that chose nothing."
         )
     return lines
