@@ -135,7 +135,7 @@ def main(
     cuts: Annotated[str, typer.Option(help="Ranks whose parameters are the budgets.")] = "2,4",
     updates: Annotated[str, typer.Option(help="frozen, all or both.")] = "frozen,all",
     seeds: Annotated[str, typer.Option(help="Seeds; the learning rate is chosen with the first.")] = "0,1,2",
-    evaluations: Annotated[int, typer.Option(help="Losses measured per cut, at most.")] = 200,
+    evaluations: Annotated[int, typer.Option(help="Losses measured per cut, at most.")] = 500,
     examples: Annotated[int, typer.Option(help="Examples of each such loss.")] = 100,
     out: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("runs/sequence"),
 ) -> None:

@@ -431,10 +431,10 @@ def truncate(
     by: Annotated[
         BudgetBy,
         typer.Option(
-            help="With --budget: by the energy of what is cut off (no data), or greedily by the loss on the split.",
+            help="With --budget: by the energy of what is cut off, or by exchanges that lower the loss on the split.",
         ),
     ] = BudgetBy.energy,
-    evaluations: Annotated[int, typer.Option(help="With --by loss: how often it is measured, at most.")] = 200,
+    evaluations: Annotated[int, typer.Option(help="With --by loss: how often it is measured, at most.")] = 500,
     examples: Annotated[int, typer.Option(min=1, help="With --by loss: on so many examples.")] = 256,
     split: Annotated[SplitName, typer.Option(help="Which examples to choose and to score on.")] = SplitName.evaluation,
     profile: Annotated[

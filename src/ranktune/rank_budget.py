@@ -6,7 +6,6 @@ its leading components, at the scale of the rank it gets, and gets a rank that w
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from ranktune.attachment import active_adapter
 from ranktune.cut_energy import cut_energy
 from ranktune.errors import ConfigError
 from ranktune.nested import NestedUpdate
-from ranktune.rank_setting import at_rank, set_rank, trained_ranks
+from ranktune.rank_setting import at_rank, trained_ranks
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,32 @@ class Choices:
     ranks: dict[str, list[int]]
     costs: dict[str, list[int]]
     spare: int
+
+    def ranks_at(self, places: dict[str, int]) -> dict[str, int]:
+        """Module name to rank, where modules have these places in their lists."""
+        return {module: self.ranks[module][place] for module, place in places.items()}
+
+    def equal_places(self) -> dict[str, int]:
+        """The places of the largest rank for all modules that is within the budget."""
+        least = sum(cost[0] for cost in self.costs.values())
+        found = dict.fromkeys(self.ranks, 0)
+        for b in sorted({rank for ranks in self.ranks.values() for rank in ranks}):
+            places = {module: sum(rank <= b for rank in ranks) - 1 for module, ranks in self.ranks.items()}
+            if sum(self.costs[module][place] for module, place in places.items()) - least <= self.spare:
+                found = places
+        return found
+
+    def near(self, module: str, place: int) -> range:
+        """The places of a module that are one step from this one, and this one."""
+        return range(max(place - 1, 0), min(place + 2, len(self.ranks[module])))
+
+    def spent_anew(self, places: dict[str, int], losses: dict[str, dict[int, float]]) -> dict[str, int]:
+        """The places, out of those for which a loss is known, that are best within the budget if differences add up."""
+        costs = [[self.costs[module][place] for place in known] for module, known in losses.items()]
+        least = sum(cost[0] for cost in self.costs.values())
+        spare = self.spare + least - sum(cost[0] for cost in costs)
+        chosen = spend_best([list(known.values()) for known in losses.values()], costs, spare)
+        return {module: list(losses[module])[place] for module, place in zip(places, chosen, strict=True)}
 
 
 def choices_under(model: nn.Module, budget: int, adapter_name: str | None = None) -> Choices:
@@ -91,68 +116,70 @@ def ranks_by_loss(
     evaluations: int,
     adapter_name: str | None = None,
 ) -> dict[str, int]:
-    """Module name to rank, greedily: from the lowest ranks up, the step that lowers a measured loss most for its price.
+    """Module name to rank, by exchanges from one rank for all, each kept only if it lowers a measured loss.
 
-    A step is measured again only when it seems to be the best one, since what it gained earlier is usually more than
-    what it gains now (lazy greedy, Minoux 1978). Once the evaluations are used up, the last gain known of a module
-    decides, and each further step of it is taken to gain half as much.
+    It begins at the largest rank for all within the budget. In every round each module is tried one step lower and one
+    higher; as if these differences added up, the budget is spent anew among the three. If the loss of that is no lower,
+    half of its moves are tried, and half of those; when none helps, or the evaluations are used up, that was all. So
+    the result is never worse than one rank for all, on what was measured; parameters that would not help are not spent.
 
     Args:
         measure: the loss of the model at the ranks that are set when it is called; lower is better.
-        evaluations: how often it is called at most; at least once, and once for each module.
+        evaluations: how often it is called at most; at least for one round.
 
     Raises:
         ConfigError: as `choices_under`, or too few evaluations.
     """
     name = adapter_name or active_adapter(model)
     choices = choices_under(model, budget, name)
-    modules = list(choices.ranks)
-    if isinstance(evaluations, bool) or evaluations < len(modules) + 1:
+    round_size = 2 * len(choices.ranks) + 2
+    if isinstance(evaluations, bool) or evaluations < round_size:
         raise ConfigError(
-            f"evaluations={evaluations!r} is too few: the lowest ranks are scored once and each of the {len(modules)} "
-            f"modules is tried once, so give {len(modules) + 1} or more."
+            f"evaluations={evaluations!r} is too few: each of the {len(choices.ranks)} modules is tried at a lower and "
+            f"at a higher rank, so give {round_size} or more."
         )
-    place, left, taken, used = dict.fromkeys(modules, 0), choices.spare, 0, 0
+    places, used = choices.equal_places(), 0
 
-    def price(module: str) -> int | None:
-        """Of its next step, where there is one that fits."""
-        following = choices.costs[module][place[module] : place[module] + 2]
-        return following[1] - following[0] if len(following) == 2 and following[1] - following[0] <= left else None
-
-    def loss_at(module: str | None = None) -> float:
-        """The loss as it is, or with one more step of a module."""
+    def loss_at(places: dict[str, int]) -> float:
         nonlocal used
         used += 1
-        raised = {} if module is None else {module: choices.ranks[module][place[module] + 1]}
-        with at_rank(model, raised, name):
+        with at_rank(model, choices.ranks_at(places), name):
             return measure()
 
-    with at_rank(model, {module: ranks[0] for module, ranks in choices.ranks.items()}, name):
-        loss = loss_at()
-        # (rise of the loss for the price, place in the model, the loss, how many steps had been taken); best first.
-        queue: list[tuple[float, int, float, int]] = []
-        for order, module in enumerate(modules):
-            if (cost := price(module)) is not None:
-                after = loss_at(module)
-                queue.append(((after - loss) / cost, order, after, 0))
-        heapq.heapify(queue)
-        while queue:
-            slope, order, after, known_at = heapq.heappop(queue)
-            module = modules[order]
-            if (cost := price(module)) is None:
-                continue
-            measuring = used < evaluations
-            if measuring and known_at < taken:
-                after = loss_at(module)
-                heapq.heappush(queue, ((after - loss) / cost, order, after, taken))
-                continue
-            place[module] += 1
-            left -= cost
-            taken += 1
-            loss = after
-            set_rank(model, {module: choices.ranks[module][place[module]]}, name)
-            heapq.heappush(queue, (slope if measuring else slope / 2, order, after, -1))
-    return {module: choices.ranks[module][at] for module, at in place.items()}
+    loss = loss_at(places)
+    while used + round_size - 1 <= evaluations:
+        near = {
+            module: {at: loss if at == place else loss_at(places | {module: at}) for at in choices.near(module, place)}
+            for module, place in places.items()
+        }
+        moved = choices.spent_anew(places, near)
+        while moved != places and used < evaluations:
+            after = loss_at(moved)
+            if after < loss:
+                break
+            moved = choices.spent_anew(places, _half(near, places, moved, choices))
+        else:
+            break
+        places, loss = moved, after
+    return choices.ranks_at(places)
+
+
+def _half(
+    near: dict[str, dict[int, float]], places: dict[str, int], moved: dict[str, int], choices: Choices
+) -> dict[str, dict[int, float]]:
+    """`near`, where only the better half of the raised and of the lowered modules may still move."""
+
+    def slope(module: str) -> float:
+        price = choices.costs[module][moved[module]] - choices.costs[module][places[module]]
+        return (near[module][moved[module]] - near[module][places[module]]) / price
+
+    raised = sorted((m for m in places if moved[m] > places[m]), key=slope)
+    lowered = sorted((m for m in places if moved[m] < places[m]), key=slope, reverse=True)
+    kept = {*raised[: len(raised) // 2], *lowered[: len(lowered) // 2]}
+    return {
+        module: losses if module in kept else {places[module]: losses[places[module]]}
+        for module, losses in near.items()
+    }
 
 
 def _nested(model: nn.Module, name: str) -> dict[str, NestedUpdate]:

@@ -74,7 +74,7 @@ def truncate(
     within: str | None = None,
     budget: int | None = None,
     by: By = "energy",
-    evaluations: int = 200,
+    evaluations: int = 500,
     examples: int = 256,
     split: Split = "evaluation",
     out: Path | None = None,
