@@ -41,7 +41,7 @@ def nested_model(**fields):
         for number, (_, update) in enumerate(updates(model)):
             # Energies that differ between modules and components.
             sizes = torch.tensor([[1.0, 0.2, 3.0, 0.5], [2.0, 1.0, 0.1, 0.1], [0.3, 0.3, 0.3, 2.0]])[number]
-            update.lora_B *= sizes[: update.capacity]
+            update.lora_B.mul_(sizes[: update.capacity])
     return model
 
 
