@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # As Python itself does for a script: its folder comes first.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import squeeze as squeeze_benchmark
 import step_cost
 from stepcost import options
 from stepcost.cases import encoder_batch
@@ -189,3 +190,30 @@ def test_a_tiny_run_leaves_figures_and_chart(
     assert record["environment"]["threads"] == torch.get_num_threads()
     assert (tmp_path / "step_cost.png").read_bytes().startswith(b"\x89PNG")
     assert "ranktune lora is" in capsys.readouterr().out
+
+
+def test_peft_and_squeeze_are_timed_on_the_same_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one layer both keep the same components: equal figures show that both were given the same work."""
+
+    class Here:
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def apply(self, function: Any, arguments: Any) -> Any:
+            return function(*arguments)
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(squeeze_benchmark.multiprocessing, "get_context", lambda _: Here)
+    monkeypatch.setattr(Here, "Pool", lambda _: Here(), raising=False)
+    case = squeeze_benchmark.synthetic(tmp_path / "adapter", 48, 8)
+    results = squeeze_benchmark.measure(case, 2, 1, tmp_path)
+    assert [row.way for row in results] == ["PEFT", "ours, equal rank", "ours, equal parameters"]
+    values = torch.linalg.svdvals(squeeze_benchmark.dense_updates(tmp_path / "adapter")["layer"])
+    lost = float(values[2:].norm() / values.norm())
+    for row in results:
+        assert (row.total_rank, row.parameters) == (2, 2 * 96)
+        assert row.error == pytest.approx(lost, rel=1e-5)
+        assert row.seconds > 0.0
