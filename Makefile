@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test test-kills check format bench bench-smoke peft-suite clean
+.PHONY: help setup quickstart test test-kills check format bench bench-smoke results peft-suite clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -49,6 +49,9 @@ bench-smoke: setup  ## a whole comparison in miniature, with its report, in unde
 	$(BIN)/ranktune compare examples/compare.yaml --methods lora,dynamic-dora --seeds 2 --out runs/bench-smoke \
 		train.max_steps=8 data.max_train_examples=64 data.max_eval_examples=64
 	test -s runs/bench-smoke/report.html
+
+results: setup  ## write docs/results.md from the figures in benchmarks/results
+	$(BIN)/python benchmarks/results_page.py
 
 peft-suite: setup  ## PEFT's own tests, pointed at our configs
 	$(BIN)/python -m tests.peft_suite

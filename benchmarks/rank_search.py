@@ -13,7 +13,8 @@ nothing to gain. Measured here, on the task of one of `examples/`, for every ran
 
 All have the same steps, data and lora_alpha. Learning rates come from the study of `sequence_tasks.py`, chosen per
 arm on validation examples that are split off the training ones; for all LoRA runs at the middle rank of the list.
-Scores are of examples that chose nothing. Runs are kept in `--out` and not repeated.
+Scores are of examples that chose nothing. Runs are kept in `--out` and not repeated. The figures are
+`OUT/TASK/rank_search.json`; copied to `results/rank_search/TASK.json` they are part of `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from ranktune.run.display import SilentDisplay
 from ranktune.training import train
 from ranktune.update import LowRankUpdate
 from sequence_tasks import SETTINGS, Case, Study, best_rate
+from stepcost.machine import Machine
 
 ALPHA = 16.0
 
@@ -177,8 +179,15 @@ def search(study: Study, ranks: Sequence[int], seeds: Sequence[int]) -> dict[str
             for b, score in curve.items():
                 scores[name][b].append(score)
     _, metrics = found.run(SEPARATE, whole)
-    facts = {name: metrics[name] for name in ("metric", "before", "steps", "data", "versions")}
-    return facts | {"seeds": list(seeds), "learning_rates": rates, "scores": scores, "cpu_seconds": cost}
+    facts = {name: metrics[name] for name in ("metric", "before", "steps")} | {"data": metrics["data"]["description"]}
+    environment = Machine().describe()
+    return facts | {
+        "environment": environment,
+        "seeds": list(seeds),
+        "learning_rates": rates,
+        "scores": scores,
+        "cpu_seconds": cost,
+    }
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -210,7 +219,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ranks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-    dress(axes, result["data"]["description"], "rank", result["metric"].replace("_", " "))
+    dress(axes, result["data"], "rank", result["metric"].replace("_", " "))
     axes.legend(frameon=False)
     save(figure, path)
 

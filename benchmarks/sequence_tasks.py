@@ -9,7 +9,8 @@ learning rate is the best on a validation part split off the training examples, 
 on in either direction while that helps; then every seed is scored on the recipe's evaluation examples, which nothing
 was chosen on. DyLoRA is trained once and scored
 at every rank. Each run leaves one JSON file in `--out`; the runs that are there are not repeated, so a study can be
-stopped and taken up again.
+stopped and taken up again. The table is `OUT/TASK/table.json`; copied to `results/sequence/TASK.json` it is part of
+`docs/results.md`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,7 @@ from ranktune.tasks import load_data
 from ranktune.tasks.quiet import quiet_datasets
 from ranktune.tasks.splits import sample, split_off
 from ranktune.training import rehearse, train
+from stepcost.machine import Machine
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VALIDATION_SHARE = 0.1
@@ -198,19 +200,39 @@ def _powers_of_two(rank: int) -> list[int]:
     return [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
 
 
-def rows(study: Study, variant: str, rank: int, rate: float, seeds: Sequence[int]) -> list[str]:
-    """Lines of the table, one a rank that was scored: mean and standard deviation over the seeds, and each."""
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what one way of training scored at a rank, a score for each seed."""
+
+    method: str
+    rank: int
+    parameters: int
+    learning_rate: float
+    scores: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.mean(self.scores)
+
+    def cells(self) -> list[str]:
+        """As text: method, rank, parameters, learning rate, mean and standard deviation, every seed."""
+        spread = f" ± {statistics.stdev(self.scores):.4f}" if len(self.scores) > 1 else ""
+        every = ", ".join(f"{score:.4f}" for score in self.scores)
+        rank, parameters, rate = str(self.rank), f"{self.parameters:,}", f"{self.learning_rate:g}"
+        return [self.method, rank, parameters, rate, f"{self.mean:.4f}{spread}", every]
+
+
+HEAD = ["method", "rank", "parameters", "learning rate", "mean ± sd", "each seed"]
+
+
+def rows(study: Study, variant: str, rank: int, rate: float, seeds: Sequence[int]) -> list[Row]:
+    """Lines of the table, one a rank that was scored."""
     results = [study.result(Case(variant, rank, rate, seed, "test")) for seed in seeds]
     return [
-        f"| {variant} | {points[0]['rank']} | {points[0]['parameters']:,} | {rate:g} | "
-        f"{_summary([point['score'] for point in points])} |"
+        Row(variant, points[0]["rank"], points[0]["parameters"], rate, [point["score"] for point in points])
         for points in zip(*(result["points"] for result in results), strict=True)
     ]
-
-
-def _summary(scores: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.4f}{spread} | {', '.join(f'{score:.4f}' for score in scores)}"
 
 
 def main(
@@ -229,18 +251,24 @@ def main(
             raise typer.BadParameter(f"{variant!r} is not one of {', '.join(VARIANTS)}.")
     study = Study(task, out.absolute())
     numbers = [int(seed) for seed in seeds.split(",")]
-    lines = []
+    table: list[Row] = []
     for variant in chosen:
         r = study.largest_rank(variant, rank)
         rate = study.best_learning_rate(variant, r, numbers[0])
-        lines += rows(study, variant, r, rate, numbers)
+        table += rows(study, variant, r, rate, numbers)
         if variant == "lora":
             for smaller in (int(word) for word in lora_ranks.split(",") if word):
-                lines += rows(study, variant, smaller, rate, numbers)
-        first = study.result(Case(variant, r, rate, numbers[0], "test"))
-    typer.echo(f"{first['data']['description']}; {first['metric']} {first['before']:.4f} before\n")
-    typer.echo("| method | rank | parameters | learning rate | mean ± sd | each seed |\n|---|---|---|---|---|---|")
-    typer.echo("\n".join(lines))
+                table += rows(study, variant, smaller, rate, numbers)
+    first = study.result(Case(table[0].method, table[0].rank, table[0].learning_rate, numbers[0], "test"))
+    facts = {name: first[name] for name in ("metric", "before", "steps")} | {"data": first["data"]["description"]}
+    environment = Machine().describe()
+    write_json(
+        study.out / "table.json",
+        {"environment": environment, **facts, "seeds": numbers, "rows": [asdict(row) for row in table]},
+    )
+    typer.echo(f"{facts['data']}; {facts['metric']} {facts['before']:.4f} before\n")
+    for cells in (HEAD, ["---"] * len(HEAD), *(row.cells() for row in table)):
+        typer.echo(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ How bytes are counted: see `stepcost/saved_bytes.py`.
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -156,7 +155,7 @@ def main(
         raise typer.BadParameter(f"--width {width}: attention heads are 64 wide, give a multiple of 64.")
     machine = Machine(device, dtype, clock)
     plan = Plan(timed, counted, shape_list, rank_list, width, layers, dropout, rounds, warmup, compile_model)
-    before = machine.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
+    before = machine.describe()
     if machine.clock is Clock.wall and not machine.is_cuda and is_busy():
         console.print("[bold]This machine is busy: wall times will mostly show that. Consider --clock cpu.[/bold]")
     # PEFT 0.21 asks transformers 5 for an attribute that has a new name.

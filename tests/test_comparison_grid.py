@@ -155,13 +155,13 @@ def test_all_methods_run_on_the_same_recipe_and_only_the_search_holds_data_out(r
     assert {run.recipe.data.validation_fraction for run in searches} == {0.1}
     rates = {label: [run.rate for run in searches if run.label == label] for label in ("lora", "dynamic-dora", "full")}
     assert rates["lora"] == [0.00632, 0.02, 0.0632]
-    assert rates["dynamic-dora"] == [0.0632, 0.2, 0.632]
+    assert rates["dynamic-dora"] == [0.02, 0.0632, 0.2]
     assert rates["full"] == [0.000632, 0.002, 0.00632]
     records = {run.id: record_of(run, 0.5 if "lr0.02" in run.id or run.label != "lora" else 0.4) for run in searches}
     finals = [run for run in grid.wanted(records) if run.phase == "final"]
     assert {(run.label, run.rate, run.seed) for run in finals} == {
         ("lora", 0.02, 7), ("lora", 0.02, 8),
-        ("dynamic-dora", 0.2, 7), ("dynamic-dora", 0.2, 8),
+        ("dynamic-dora", 0.0632, 7), ("dynamic-dora", 0.0632, 8),
         ("full", 0.002, 7), ("full", 0.002, 8),
     }  # fmt: skip
     for run in finals:

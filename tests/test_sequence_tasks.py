@@ -79,9 +79,9 @@ def test_a_run_that_diverged_is_not_chosen(study: Study) -> None:
 def test_a_nested_adapter_has_a_row_for_every_rank(study: Study) -> None:
     for seed, (low, high) in enumerate([(0.1, 0.5), (0.3, 0.7)]):
         put(study, Case("dylora", 2, 0.01, seed, "test"), {1: low, 2: high})
-    assert rows(study, "dylora", 2, 0.01, [0, 1]) == [
-        "| dylora | 1 | 100 | 0.01 | 0.2000 ± 0.1414 | 0.1000, 0.3000 |",
-        "| dylora | 2 | 200 | 0.01 | 0.6000 ± 0.1414 | 0.5000, 0.7000 |",
+    assert [row.cells() for row in rows(study, "dylora", 2, 0.01, [0, 1])] == [
+        ["dylora", "1", "100", "0.01", "0.2000 ± 0.1414", "0.1000, 0.3000"],
+        ["dylora", "2", "200", "0.01", "0.6000 ± 0.1414", "0.5000, 0.7000"],
     ]
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from enum import Enum
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +65,11 @@ class Machine:
             torch.cuda.synchronize(self.device)
         return time.process_time() if self.clock is Clock.cpu else time.perf_counter()
 
-    def describe(self, command: list[str]) -> dict[str, Any]:
-        """Everything someone who doubts the figures would ask for."""
+    def describe(self) -> dict[str, Any]:
+        """Everything someone who doubts the figures would ask for, the command of this process among it."""
         return {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(command),
+            "command": _command(sys.argv),
             "versions": {name: version(name) for name in ("ranktune", "torch", "peft", "transformers")}
             | {"python": platform.python_version()},
             "processor": _processor(),
@@ -74,6 +78,15 @@ class Machine:
             "threads": torch.get_num_threads(),
             "load_average": _load(),
         }
+
+
+def _command(words: Sequence[str]) -> str:
+    """The script's name and its arguments, but for where its files went."""
+    kept = [Path(words[0]).name]
+    for before, word in pairwise(words):
+        if before != "--out" and not word.startswith("--out"):
+            kept.append(shlex.quote(word))
+    return " ".join(kept)
 
 
 def is_busy() -> bool:

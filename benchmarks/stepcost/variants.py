@@ -147,7 +147,8 @@ VARIANTS = {
             stock="peft-lora-1.5r",
             counted=False,
         ),
-        Variant("increlora", "ranktune increlora", _growing(), _attach_grown, stock=REFERENCE),
+        # Bytes are counted without a controller, so of a single component.
+        Variant("increlora", "ranktune increlora", _growing(), _attach_grown, stock=REFERENCE, counted=False),
         Variant(
             "increlora-scored",
             "increlora scoring",

@@ -384,7 +384,7 @@ def compare(
         search_seeds=search_seeds,
         validation=validation,
     )
-    written = compare_recipe(
+    _, written = compare_recipe(
         loaded, recipe, options, None if quiet else _console(), jobs=jobs, on_ray=ray, retry_failed=retry_failed
     )
     if not quiet:

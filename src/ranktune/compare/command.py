@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ranktune.compare.driver import Options, Pool, Watcher, compare, lay_out
 from ranktune.compare.ray_pool import RayPool, load_ray
 from ranktune.compare.store import Store
-from ranktune.compare.summary import summarise
+from ranktune.compare.summary import Summary, summarise
 from ranktune.compare.workers import Workers
 from ranktune.recipe import Recipe
 
@@ -26,7 +26,7 @@ def compare_recipe(
     jobs: int = 1,
     on_ray: bool = False,
     retry_failed: bool = False,
-) -> list[Path]:
+) -> tuple[Summary, list[Path]]:
     """Train what is missing of a comparison and write its report.
 
     Args:
@@ -35,7 +35,7 @@ def compare_recipe(
         retry_failed: forget the records of failed runs first.
 
     Returns:
-        The files of the report.
+        The figures, and the files of the report.
 
     Raises:
         RecipeError, DataError, ConfigError: something cannot work; nothing was trained.
@@ -49,7 +49,8 @@ def compare_recipe(
         if retry_failed and grid.runs.is_dir():
             watcher.say(f"{store.forget_failures()} failed runs will be trained again")
         compare(grid, pool_of, watcher)
-    return write_report(options.out, summarise(grid, store.records()), store)
+    summary = summarise(grid, store.records())
+    return summary, write_report(options.out, summary, store)
 
 
 def _pool(jobs: int, on_ray: bool) -> Callable[[Store], AbstractContextManager[Pool]]:

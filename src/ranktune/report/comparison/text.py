@@ -148,12 +148,12 @@ def troubles(summary: Summary) -> list[str]:
 
 def markdown(summary: Summary, pictures: Sequence[str]) -> str:
     """report.md."""
-    parts = ["# Comparison", *what_was_done(summary), "## Scores", _markdown_table(score_table(summary))]
-    parts += ["## Parameters", _markdown_table(parameter_table(summary))]
+    parts = ["# Comparison", *what_was_done(summary), "## Scores", markdown_table(score_table(summary))]
+    parts += ["## Parameters", markdown_table(parameter_table(summary))]
     parts += ["## Against lora", *verdict(summary)]
     tests = test_table(summary)
-    parts += [_markdown_table(tests)] if tests[1] else []
-    parts += ["## Time and memory", _markdown_table(cost_table(summary))]
+    parts += [markdown_table(tests)] if tests[1] else []
+    parts += ["## Time and memory", markdown_table(cost_table(summary))]
     if trouble := troubles(summary):
         parts += ["## Runs that did not end well", "\n".join(f"- {line}" for line in trouble)]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures]
@@ -166,7 +166,8 @@ def machine(summary: Summary) -> dict[str, str]:
     return {name: str(value) for name, value in {**summary.machine, **summary.packages}.items()}
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table in Markdown."""
     head, body = table
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

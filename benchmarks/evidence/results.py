@@ -1,0 +1,42 @@
+"""Results that are kept with the source: one JSON file per piece, with the machine, the versions and the date."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ranktune.compare.summary import Summary
+from ranktune.run.atomic import write_json
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+_SUMMARY = TypeAdapter(Summary)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is kept of one comparison: its piece's name, where and when it ran, and its figures."""
+
+    piece: str
+    environment: dict[str, Any]
+    summary: Summary
+
+
+def keep(result: Result, folder: Path = RESULTS) -> Path:
+    """Write a result; the file's path. Nothing in it names a folder of the machine."""
+    summary = asdict(result.summary) | {"model": Path(result.summary.model).name}
+    path = folder / "glue" / f"{result.piece}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"piece": result.piece, "environment": result.environment, "summary": summary})
+    return path
+
+
+def kept(folder: Path = RESULTS) -> Iterator[Result]:
+    """Every result on file, by name."""
+    for path in sorted((folder / "glue").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        yield Result(found["piece"], found["environment"], _SUMMARY.validate_python(found["summary"]))
