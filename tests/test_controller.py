@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from accelerate import Accelerator
 
 import ranktune
-from ranktune import ConfigError, ControllerError, DynamicDoraConfig, RankConfig, RankController
+from ranktune import ConfigError, ControllerError, DynamicDoraConfig, IncreLoraConfig, RankConfig, RankController
 from ranktune.adapters import updates
 from ranktune.optimizer_state import forget_components, keep_components, warn_if_unknown
 from ranktune.policy import RankState
@@ -199,6 +200,59 @@ def test_a_layer_that_is_not_fused_warns_too():
     with pytest.warns(UserWarning, match="without a controller"):
         model(inputs()).sum().backward()
     model.eval()(inputs())
+
+
+def test_every_model_is_warned_of_once_in_the_same_process():
+    """A notebook's second attempt is as silent a failure as its first."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for model in (build(), build(), copy.deepcopy(build())):
+            for _ in range(2):
+                model(inputs()).sum().backward()
+    assert len([one for one in caught if "without a controller" in str(one.message)]) == 3
+
+
+def test_a_second_controller_on_one_optimizer_is_refused():
+    model = build()
+    optimizer = optimizer_of(model)
+    first = RankController(model, optimizer, STEPS)
+    with pytest.raises(ConfigError, match=r"has a controller on this optimizer already. Call its close\(\) first"):
+        RankController(model, optimizer, STEPS)
+    RankController(model, optimizer_of(model), STEPS).close()  # what a cell that is run again does
+    first.close()
+    assert RankController(model, optimizer, STEPS).step == 0
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(STEPS // 2 - 1, True), (STEPS // 2, False)])
+def test_a_run_that_ended_before_its_ranks_were_final_is_warned_of(steps, warned, caplog):
+    model = build()
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    train(model, optimizer, steps)
+    controller.finish()
+    message = f"the run ended at step {steps} of total_steps={STEPS}, before the ranks of adapter 'default' were final"
+    assert (message in caplog.text) == warned
+    assert (f"the total rank is {controller.total_rank()}" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("config", [DynamicDoraConfig, IncreLoraConfig], ids=["prunes", "grows"])
+def test_the_total_rank_keeps_to_the_budget_between_its_changes_too(config):
+    fields = {"prune_interval": 3} if config is DynamicDoraConfig else {"grow_interval": 4, "top_h": 2, "grow_by": 1}
+    model = peft.get_peft_model(build_base("Linear"), config(r=4, lora_alpha=6, target_modules=TARGETS, **fields))
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    start = controller.total_rank()
+    train(model, optimizer, STEPS)
+    budgets = controller.budgets()
+    assert [step for step, _ in budgets] == sorted({step for step, _ in budgets})
+    assert budgets[0] == (0, start)
+    assert budgets[-1][1] == controller.total_rank() == 12
+    assert len(budgets) > 3
+    for step in range(STEPS + 1):
+        total = start + sum(change.new - change.old for change in controller.history if change.step <= step)
+        allowed = [value for at, value in budgets if at <= step][-1]
+        before_next_pruning = [value for at, value in budgets if at <= step - 3][-1:] or [start]
+        assert total <= (before_next_pruning[0] if config is DynamicDoraConfig else allowed)
 
 
 def test_a_closed_controller_is_no_controller():

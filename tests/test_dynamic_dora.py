@@ -364,3 +364,22 @@ def test_the_start_is_the_papers():
     update = build(r=40).base_model.model.wide.update_of("default")
     assert update.lora_A.abs().max().item() == pytest.approx((6 / 12) ** 0.5, rel=0.02)
     assert update.lora_B.abs().max().item() == pytest.approx((6 / 60) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(("costs", "budget"), [([7, 5, 9], 4), ([7, 5, 9], 5)])
+def test_a_budget_that_keeps_nothing_is_refused(costs, budget):
+    config = DynamicDoraConfig(r=4, target_modules=TARGETS, target_params=budget)
+    if budget < min(costs):
+        with pytest.raises(
+            ConfigError, match=r"budget of 4 parameters keeps nothing: the smallest .* has 5 parameters"
+        ):
+            config.policy(layout(costs=costs), 100)
+    else:
+        assert config.policy(layout(costs=costs), 100) is not None
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(30, False), (28, True), (3, True)])
+def test_a_window_without_a_pruning_before_its_end_is_said(steps, warned, caplog):
+    """Steps 4 to 15 or to 14, with a pruning every 11: one on the way, or none."""
+    DynamicDoraConfig(r=4, target_modules=TARGETS, prune_interval=11).policy(layout(), steps)
+    assert ("shorter than prune_interval=11: 6 components go at once at its end" in caplog.text) == warned

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from ranktune.report import plots
 from ranktune.report.plots import draw_run
 from ranktune.report.rank_history import budget_figure, importance_figure, rank_history, rank_history_figure
 from ranktune.run.directory import RunDirectory
@@ -34,12 +35,28 @@ def test_ranks_at_every_moment_are_those_of_the_records():
 
 def test_the_budget_curve_steps_down_with_the_ranks():
     history = rank_history(FINAL, CHANGES, last_step=40)
-    events = [{"event": "step", "step": step, "rank_budget": budget} for step, budget in ((10, 18), (20, 10))]
-    total, budget = budget_figure(history, events, "title").axes[0].lines
+    total, budget = budget_figure(history, [(0, 18), (12, 14), (19, 10)], "title").axes[0].lines
     assert list(total.get_ydata()) == [18, 14, 10, 10]
-    assert list(budget.get_ydata()) == [18, 10]
-    in_parameters = [{"event": "step", "step": 10, "rank_budget": 30_000}]
-    assert len(budget_figure(history, in_parameters, "title").axes[0].lines) == 1
+    assert (list(budget.get_xdata()), list(budget.get_ydata())) == ([0, 12, 19, 40], [18, 14, 10, 10])
+    # What is allowed at a step is what was set last, not something on the way to the next.
+    assert total.get_drawstyle() == budget.get_drawstyle() == "steps-post"
+    assert len(budget_figure(history, [(10, 30_000)], "in parameters").axes[0].lines) == 1
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_budget_that_is_drawn_is_the_recorded_one_and_else_the_logged_one(tmp_path, recorded, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    events = [
+        {"event": "start", "method": "dynamic-dora", "model": "tiny", "metric": "accuracy"},
+        {"event": "step", "step": 40, "loss": 1.0, "rank_budget": 10},
+    ]
+    directory.log.write_text("".join(json.dumps(event) + "\n" for event in events))
+    ranks = {"final": FINAL, "history": CHANGES, "importance": IMPORTANCE}
+    directory.ranks.write_text(json.dumps(ranks | ({"budget": [[0, 18], [20, 10]]} if recorded else {})))
+    drawn = []
+    monkeypatch.setattr(plots, "budget_figure", lambda h, b, t: drawn.append(b) or budget_figure(h, b, t))
+    draw_run(directory)
+    assert drawn == [[[0, 18], [20, 10]] if recorded else [(40, 10)]]
 
 
 def test_the_map_over_time_shows_every_module_between_changes():

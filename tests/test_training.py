@@ -270,8 +270,39 @@ def test_plain_lines_come_at_intervals(capsys: pytest.CaptureFixture[str]) -> No
 
     display = PlainDisplay(Console())
     for step in range(101):
-        display.pace(Pace(step=step, total=100, loss=0.5, rank=12, speed=1234.5))
+        display.pace(Pace(step=step, total=100, loss=0.5, logged=step, rank=12, speed=1234.5))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == [f"{step}/100" for step in range(10, 101, 10)]
     assert "loss 0.5000  rank 12  1,234 samples/s" in lines[0]
     assert [clock(seconds) for seconds in (5, 75, 3675)] == ["0:05", "1:15", "1:01:15"]
+
+
+def test_a_loss_is_shown_at_the_step_it_is_of() -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from ranktune.run.display import DisplayCallback
+
+    shown: list[str] = []
+
+    class Recorder(SilentDisplay):
+        def pace(self, pace: Any) -> None:
+            shown.append(f"{pace.step}: {pace.words().split('  ')[0]}")
+
+    args, model = TrainingArguments(output_dir="unused", report_to=[]), torch.nn.Linear(2, 2)
+    state = TrainerState(
+        max_steps=9, global_step=2, log_history=[{"loss": 4.0, "step": 1}, {"eval_loss": 3.0, "step": 2}]
+    )
+    callback = DisplayCallback(Recorder(), None)
+    callback.on_train_begin(args, state, TrainerControl())
+    for step, logged in ((3, False), (4, True), (5, False)):
+        state.global_step = step
+        callback.on_step_begin(args, state, TrainerControl())
+        callback.on_step_end(args, state, TrainerControl(should_log=logged))
+        if logged:
+            callback.on_log(args, state, TrainerControl(), logs={"loss": 2.0}, model=model)
+    assert shown == [
+        "2: loss 4.0000 at step 1",
+        "3: loss 4.0000 at step 1",
+        "4: loss 2.0000",
+        "5: loss 2.0000 at step 4",
+    ]

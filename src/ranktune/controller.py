@@ -140,6 +140,7 @@ class RankController:
             )
         self.policy = policy
         refuse_unless_optimized(self.optimizer, named)
+        self._refuse_a_second()
         self.history: list[RankChange] = []
         self._scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
         self._gradients = FiniteGradients(model)
@@ -158,6 +159,17 @@ class RankController:
         ]
         self._mark(in_charge=True)
         self._want_scores()
+
+    def _refuse_a_second(self) -> None:
+        """Two on one optimizer would both count every step, and both act."""
+        hooks = self.optimizer._optimizer_step_pre_hooks.values()
+        others = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), RankController)]
+        mine = {id(update) for update in self._updates}
+        if any(id(update) in mine for other in others for update in other._updates):
+            raise ConfigError(
+                f"adapter {self.adapter_name!r} has a controller on this optimizer already. Call its close() first, or "
+                "use that one."
+            )
 
     @property
     def step(self) -> int:
@@ -212,6 +224,17 @@ class RankController:
         """What the active components may cost at this step, in ranks or in parameters."""
         return self.policy.budget(self.step - self._began)
 
+    def budgets(self) -> list[tuple[int, int]]:
+        """How `budget` moved up to now: every step at which it changed, as `history` counts them, and its value."""
+        # A policy that acts before a step has done so when that many steps, and not one more, are done.
+        early = 1 if self.policy.before_step else 0
+        changes: list[tuple[int, int]] = []
+        for step in range(self._began, self.step + 1):
+            value = self.policy.budget(step - self._began)
+            if not changes or changes[-1][1] != value:
+                changes.append((max(step - early, 0), value))
+        return changes
+
     def drawn(self) -> dict[int, int]:
         """Rank to the number of optimizer steps that trained it, for a method that draws ranks; else empty."""
         return self._moves.drawn(self.step)
@@ -238,12 +261,18 @@ class RankController:
             update.score = None
 
     def finish(self) -> None:
-        """Detach, and make sure that the controller did its work.
+        """Detach, and make sure that the controller did its work; a run that ended before its schedule is warned of.
 
         Raises:
             ControllerError: no optimizer step ever reached it.
         """
         self.close()
+        if self._acted and self.scheduled and not self.ended:
+            logger.warning(
+                "the run ended at step %d of total_steps=%d, before the ranks of adapter %r were final: the total rank "
+                "is %d. Plan for as many steps as are taken, or go on training.",
+                self.step, self.total_steps, self.adapter_name, self.total_rank(),
+            )  # fmt: skip
         if not self._acted:
             raise ControllerError(
                 f"the controller of adapter {self.adapter_name!r} never saw an optimizer step, so no rank was chosen. "

@@ -211,7 +211,7 @@ def _final_scores(trainer: Trainer, events: EventCallback) -> dict[str, float]:
 
 
 def _movement(ranks: RankCallback) -> dict[str, Any]:
-    """What `ranks.json` tells about ranks that moved: every change, and the components' importance at the end.
+    """What `ranks.json` tells about ranks that moved: every change of a rank and of the budget, and what is important.
 
     For ranks that were drawn: how many steps trained each.
     """
@@ -219,7 +219,11 @@ def _movement(ranks: RankCallback) -> dict[str, Any]:
         return {"history": history_records(ranks.history)}
     if drawn := ranks.controller.drawn():
         return {"history": [], "drawn": drawn}
-    return {"history": history_records(ranks.history), "importance": ranks.controller.importance()}
+    return {
+        "history": history_records(ranks.history),
+        "budget": ranks.controller.budgets(),
+        "importance": ranks.controller.importance(),
+    }
 
 
 def _compact(model: PeftModel | PeftMixedModel) -> bool:

@@ -125,8 +125,8 @@ class RankLayer(nn.Module, BaseTunerLayer):
         names = [] if self.merged else [name for name in self.active_adapters if name in self.ranktune_update]
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for name in names:
-                if self.update_of(name).needs_controller:
-                    warn_without_controller(name)
+                if (update := self.update_of(name)).needs_controller:
+                    warn_without_controller(name, update.warned)
         if len(names) == 1 and not args and not kwargs and self._can_fuse():
             return self.update_of(names[0])(x, self.frozen(), self.scaling[names[0]])
         output = base_output = self.base_layer(x, *args, **kwargs)
@@ -270,6 +270,7 @@ class RankTuner(CheckedLoading):
         config = cast(RankConfig, peft_config)
         if isinstance(target, RankLayer):
             target.update_layer(adapter_name, config, current_key)
+            target.update_of(adapter_name).warned = self._warned_about(adapter_name)
             return
         quantization = quantisation_options(self)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -282,9 +283,15 @@ class RankTuner(CheckedLoading):
         layer = RankLayer(target, **quantization)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, config, current_key)
+        layer.update_of(adapter_name).warned = self._warned_about(adapter_name)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _warned_about(self, adapter_name: str) -> dict[Any, Any]:
+        """What the modules of one adapter share, so that a warning about it comes once."""
+        # PEFT injects adapters from the constructor, before this class could set anything up.
+        return vars(self).setdefault("_warned", {}).setdefault(adapter_name, {})
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merging, refused before the first layer has changed where one adapter cannot be merged."""
@@ -320,14 +327,19 @@ class RankTuner(CheckedLoading):
         yield
 
 
-def warn_without_controller(adapter: str) -> None:
-    """Say that an adapter whose ranks should move is being trained without anybody to move them."""
-    warnings.warn(
+def warn_without_controller(adapter: str, warned: dict[Any, Any]) -> None:
+    """Say that an adapter whose ranks should move is being trained without anybody to move them.
+
+    Args:
+        warned: shared by the modules of the adapter. Python's own registry of warnings is one per line of source: in a
+            notebook it would keep silent about every model but the first.
+    """
+    message = (
         f"adapter {adapter!r} is being trained without a controller, so its ranks stay as they are. In a Trainer add "
         "callbacks=[ranktune.RankCallback()]; in a loop of your own make ranktune.RankController(model, optimizer, "
-        "total_steps=...) before it.",
-        stacklevel=3,
+        "total_steps=...) before it."
     )
+    warnings.warn_explicit(message, UserWarning, __file__, 1, module=__name__, registry=warned)
 
 
 def warn_of_left_out(model: nn.Module) -> None:

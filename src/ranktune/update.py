@@ -104,6 +104,8 @@ class LowRankUpdate(nn.Module):
         # Set by a controller: whether nobody moves the ranks that should be moved, and whether they still will be.
         self.needs_controller = gated
         self.ranks_will_move = False
+        # The registry of warnings about this adapter; its modules share one (`RankTuner`).
+        self.warned: dict[Any, Any] = {}
         self.score: Tensor | None = None
         self._averages = averages
         self._cache = NormCache()

@@ -18,6 +18,7 @@ moments of finally pruned components are cleared.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ from ranktune.errors import ConfigError
 from ranktune.policy import Layout, RankPolicy, RankState
 from ranktune.schedule import CubicPruning
 from ranktune.update import LowRankUpdate
+
+logger = logging.getLogger("ranktune")
 
 _EPSILON = 1e-8  # of the share's denominator, as in the authors' code
 
@@ -123,8 +126,13 @@ class DynamicDoraPolicy(RankPolicy):
             # Begun anew after it had been pruned for good: there is nothing to do, and that has been done.
             self.schedule = CubicPruning(start, start, 0, 0, config.prune_interval)
             return
+        unit = "components" if config.target_params is None else "parameters"
+        if target < int(self.costs.min()):
+            raise ConfigError(
+                f"the budget of {target:,} {unit} keeps nothing: the smallest of the {count} modules' components has "
+                f"{int(self.costs.min()):,} {unit}. Raise the budget."
+            )
         if target > start:
-            unit = "components" if config.target_params is None else "parameters"
             raise ConfigError(
                 f"the budget of {target:,} {unit} is above the start: {count} modules x {config.start_rank} components "
                 f"= {start:,} {unit}. Raise init_r or lower the budget."
@@ -138,6 +146,12 @@ class DynamicDoraPolicy(RankPolicy):
                 f"final_ratio={config.final_ratio} the window is steps {self.schedule.begin} to {self.schedule.end}. "
                 "Train longer or lower the ratios."
             )
+        if start > target and self.schedule.end - self.schedule.begin < config.prune_interval:
+            logger.warning(
+                "the window of steps %d to %d is shorter than prune_interval=%d: %s %s go at once at its end. Train "
+                "longer, or lower prune_interval or the ratios.",
+                self.schedule.begin, self.schedule.end, config.prune_interval, f"{start - target:,}", unit,
+            )  # fmt: skip
 
     def measures(self, step: int) -> bool:
         return step <= self.schedule.end

@@ -51,9 +51,14 @@ def _movement(directory: RunDirectory, events: list[Event], ranks: dict, run: st
     history = rank_history(ranks["final"], ranks["history"], last_step)
     budget, over_time, importance = directory.movement_pictures
     drawn = {
-        budget: budget_figure(history, events, f"Total rank: {run}"),
+        budget: budget_figure(history, ranks.get("budget") or _logged_budget(events), f"Total rank: {run}"),
         over_time: rank_history_figure(history, f"Rank of each module over time: {run}"),
     }
     if "importance" in ranks:
         drawn[importance] = importance_figure(ranks["importance"], f"Importance: {run}")
     return drawn
+
+
+def _logged_budget(events: list[Event]) -> list[tuple[int, int]]:
+    """The budget where it was logged, for a method whose schedule is not ours to ask."""
+    return [(event["step"], event["rank_budget"]) for event in events if event.get("rank_budget") is not None]

@@ -12,8 +12,6 @@ from matplotlib.ticker import MaxNLocator
 
 from ranktune.report.style import BLUE, GREY, ORANGE, SEQUENTIAL, dress, new_figure, put_title
 
-Event = dict[str, Any]
-
 _LABELLED_ROWS = 80
 
 
@@ -36,14 +34,15 @@ def rank_history(final: Mapping[str, int], changes: Sequence[Mapping[str, Any]],
     return RankHistory(list(final), steps, ranks)
 
 
-def budget_figure(history: RankHistory, events: Sequence[Event], title: str) -> Figure:
-    """The total rank after every change and, where it was logged, the budget it had to meet."""
+def budget_figure(history: RankHistory, budget: Sequence[tuple[int, int]], title: str) -> Figure:
+    """The total rank after every change, and the budget it had to meet: step and value where that changed."""
     figure, axes = new_figure(7.2, 4.2)
     axes.step(history.steps, history.ranks.sum(0), where="post", color=BLUE, label="total rank", zorder=3)
-    budget = [(event["step"], event["rank_budget"]) for event in events if event.get("rank_budget") is not None]
     if budget and max(value for _, value in budget) <= 2 * history.ranks.sum(0).max():
-        # A budget in parameters has another unit and is left to the log.
-        axes.plot(*zip(*budget, strict=True), color=ORANGE, linestyle="--", label="budget")
+        # A budget in parameters has another unit and is left to the data.
+        steps, values = zip(*budget, strict=True)
+        end = max(history.steps[-1], steps[-1])
+        axes.step([*steps, end], [*values, values[-1]], where="post", color=ORANGE, linestyle="--", label="budget")
     dress(axes, title, "optimizer step", "rank-1 components in use")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(left=0)

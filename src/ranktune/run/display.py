@@ -18,17 +18,19 @@ from ranktune.run.events import scores_only
 
 @dataclass
 class Pace:
-    """Where training stands: `loss` of the last log, total rank, examples per second of the recent steps."""
+    """Where training stands: `loss` as it was last logged, at step `logged`, total rank, examples per second."""
 
     step: int = 0
     total: int = 0
     loss: float | None = None
+    logged: int = 0
     rank: int | None = None
     speed: float | None = None
 
     def words(self) -> str:
         """The loss, rank and speed, as far as they are known."""
-        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        when = "" if self.logged == self.step else f" at step {self.logged}"
+        parts = [] if self.loss is None else [f"loss {self.loss:.4f}{when}"]
         parts += [] if self.rank is None else [f"rank {self.rank}"]
         parts += [] if self.speed is None else [f"{self.speed:,.0f} samples/s"]
         return "  ".join(parts)
@@ -175,6 +177,9 @@ class DisplayCallback(TrainerCallback):
     ) -> None:
         """Learn the number of steps."""
         self._pace = Pace(step=state.global_step, total=state.max_steps)
+        logged = [entry for entry in state.log_history if "loss" in entry]
+        if logged:  # before the checkpoint that training goes on from
+            self._pace.loss, self._pace.logged = logged[-1]["loss"], logged[-1]["step"]
         self._display.pace(self._pace)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
@@ -185,21 +190,22 @@ class DisplayCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
+        control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Move the bar by one optimizer step."""
+        """Move the bar by one optimizer step; where its loss is about to be logged, once it has been."""
         seconds = time.perf_counter() - self._step_began
         smooth = self._seconds_per_step
         self._seconds_per_step = seconds if smooth is None else 0.9 * smooth + 0.1 * seconds
         examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._pace.step, self._pace.speed = state.global_step, examples / self._seconds_per_step
-        self._display.pace(self._pace)
+        if not control.should_log:
+            self._display.pace(self._pace)
 
     def on_log(
         self,
         args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
+        state: TrainerState,
         control: TrainerControl,  # noqa: ARG002
         logs: dict[str, Any] | None = None,
         model: Any = None,
@@ -207,7 +213,9 @@ class DisplayCallback(TrainerCallback):
     ) -> None:
         """Learn the loss, and look at the ranks."""
         if logs and "loss" in logs:
-            self._pace.loss, self._pace.rank = logs["loss"], sum(ranks_of(model).values())
+            self._pace.loss, self._pace.logged = logs["loss"], state.global_step
+            self._pace.rank = sum(ranks_of(model).values())
+            self._display.pace(self._pace)
 
     def on_prediction_step(
         self,
