@@ -62,6 +62,7 @@ FLOORS = [
         "squeezed_run",
         "squeezing",
         "merging",
+        "approximation",
         "verification",
         "integrations",
         "recipe",

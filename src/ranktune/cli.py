@@ -504,6 +504,15 @@ Trained = Annotated[
 ]
 
 
+Approximate = Annotated[
+    str | None,
+    typer.Option(
+        help="mean_gate: of a mor adapter, which no weight can hold, what its router decides in the mean.",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 @_refusals_are_messages
 def export(
@@ -522,6 +531,7 @@ def export(
         int | None,
         typer.Option(help="Approximate by a LoRA of at most this rank per module.", show_default=False),
     ] = None,
+    approximate: Approximate = None,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - read by the decorator
 ) -> None:
@@ -532,6 +542,7 @@ def export(
     profile (one rank, filled with zeros) is exact in every engine; compact
     keeps each module's own rank, for PEFT and diffusers. A weight-decomposed
     adapter becomes a PEFT DoRA, or with --svd-rank a LoRA with a known error.
+    A mor adapter is refused, or approximated with --approximate mean_gate.
 
     [bold]Examples[/bold]
 
@@ -544,7 +555,7 @@ def export(
     from ranktune.report.exports import export_lines
 
     folder = out or trained.resolve().with_name(f"{trained.resolve().name}-{profile.value}")
-    result = export_trained(trained, folder, profile.value, rank, svd_rank)
+    result = export_trained(trained, folder, profile.value, rank, svd_rank, approximate)
     if not quiet:
         for line in export_lines(result, folder):
             typer.echo(line)
@@ -560,6 +571,7 @@ def merge(
         typer.Option(help="float32, bfloat16 or float16. Default: that of the base model.", show_default=False),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
+    approximate: Approximate = None,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - read by the decorator
 ) -> None:
@@ -567,7 +579,8 @@ def merge(
 
     The sum is computed in float32 and cast once; the tokenizer and the
     generation settings travel along. The folder is loaded in a fresh process,
-    and its outputs on real inputs are compared before it is kept.
+    and its outputs on real inputs are compared before it is kept. A mor adapter
+    is refused, or approximated with --approximate mean_gate.
 
     [bold]Example[/bold]
 
@@ -577,7 +590,7 @@ def merge(
     from ranktune.merging import merge_trained
     from ranktune.report.exports import merge_lines
 
-    result = merge_trained(trained, out, dtype, max_shard_size)
+    result = merge_trained(trained, out, dtype, max_shard_size, approximate)
     if not quiet:
         for line in merge_lines(result):
             typer.echo(line)

@@ -9,22 +9,30 @@ from pathlib import Path
 
 import torch
 
+from ranktune.approximation import activate_approximation, check_approximation
 from ranktune.errors import ExportError
 from ranktune.export import Exported, export_lora, refuse_occupied
 from ranktune.plain_lora import Profile
 from ranktune.rank_setting import at_rank
 from ranktune.run.atomic import write_folder
 from ranktune.run.session import libraries_quiet
+from ranktune.static_mixture import MeanGate
 from ranktune.verification.opening import open_trained
 from ranktune.verification.proof import Agreement, adapter_agreement
 
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """What was written, and how well stock PEFT's outputs agree with the adapter's."""
+    """What was written, and how well stock PEFT's outputs agree with the adapter's.
+
+    Attributes:
+        approximation: what stands for the trained adapter in the file, with its error, if it is not in it itself;
+            agreement is then with this.
+    """
 
     exported: Exported
     agreement: Agreement
+    approximation: MeanGate | None = None
 
 
 def export_trained(
@@ -33,6 +41,7 @@ def export_trained(
     profile: Profile = "uniform",
     rank: int | Mapping[str, int] | None = None,
     svd_rank: int | None = None,
+    approximate: str | None = None,
 ) -> ExportedRun:
     """Write `export_lora`'s folder for what `ranktune train` left, and prove it.
 
@@ -45,27 +54,31 @@ def export_trained(
         profile: of `export_lora`.
         rank: of a nested adapter (dylora), the rank to cut it at, or module name to rank.
         svd_rank: of `export_lora`. The outputs of a truncated SVD are compared and reported, not judged.
+        approximate: ``"mean_gate"`` writes a mor adapter as `ranktune.mean_gate` approximates it on the same inputs.
 
     Raises:
         ExportError: the outputs differ by more than rounding; nothing was kept.
         RanktuneError: of any other kind: something is missing or cannot work; nothing was written.
     """
     refuse_occupied(out)
+    check_approximation(approximate)
     opened = open_trained(path)
     results: list[ExportedRun] = []
 
     def fill(folder: Path) -> None:
         with nullcontext() if rank is None else at_rank(opened.model, rank):
-            exported = export_lora(opened.model, folder, profile, svd_rank=svd_rank)
+            name = "default" if approximation is None else approximation.adapter_name
+            exported = export_lora(opened.model, folder, profile, adapter_name=name, svd_rank=svd_rank)
             agreement = adapter_agreement(opened, folder)
         if svd_rank is None and not agreement.holds(torch.float32):
             raise ExportError(
                 f"in stock PEFT outputs differ by up to {agreement.difference:.3g}, in outputs up to "
                 f"{agreement.largest:.3g} that the adapter moves by up to {agreement.effect:.3g}. Nothing was kept."
             )
-        results.append(ExportedRun(exported, agreement))
+        results.append(ExportedRun(exported, agreement, approximation))
 
     with libraries_quiet():
+        approximation = activate_approximation(opened, approximate)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_folder(out, fill)
     return results[0]

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, GenerationConfig
 
+from ranktune.approximation import activate_approximation, check_approximation
 from ranktune.errors import ConfigError, ExportError, did_you_mean
 from ranktune.export import refuse_occupied
 from ranktune.run.atomic import write_folder
 from ranktune.run.session import libraries_quiet
+from ranktune.static_mixture import MeanGate
 from ranktune.verification.opening import Opened, open_trained
 from ranktune.verification.proof import Agreement, expected_outputs, model_agreement
 
@@ -20,15 +22,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge_trained` wrote, and how well it agrees with the adapter on its base."""
+    """What `merge_trained` wrote, and how well it agrees with the adapter on its base.
+
+    Attributes:
+        approximation: what was merged in place of the trained adapter, with its error; agreement is then with this.
+    """
 
     directory: Path
     dtype: torch.dtype
     nbytes: int
     agreement: Agreement
+    approximation: MeanGate | None = None
 
 
-def merge_trained(path: Path, out: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> Merged:
+def merge_trained(
+    path: Path,
+    out: Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    approximate: str | None = None,
+) -> Merged:
     """Write the base model with the adapter merged into it: `from_pretrained` loads the folder without PEFT or us.
 
     The sum is computed in float32 and cast once. Tied weights stay tied, the generation settings and the tokenizer
@@ -39,6 +52,8 @@ def merge_trained(path: Path, out: Path, dtype: str | None = None, max_shard_siz
         out: the folder to make; it must not exist, or be empty.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the base model's own by default.
         max_shard_size: of one file of weights, as in transformers.
+        approximate: ``"mean_gate"`` merges a mor adapter as `ranktune.mean_gate` approximates it on the inputs that the
+            folder is checked with. Without it, such an adapter is refused.
 
     Raises:
         ConfigError: the adapter cannot be merged (its update depends on the input, or the base is quantised), or a
@@ -48,9 +63,11 @@ def merge_trained(path: Path, out: Path, dtype: str | None = None, max_shard_siz
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
     refuse_occupied(out)
+    check_approximation(approximate)
     opened = open_trained(path)
     wanted = _own_dtype(opened) if dtype is None else DTYPES[dtype]
     with libraries_quiet():
+        approximation = activate_approximation(opened, approximate)
         expected, effect = expected_outputs(opened)
         try:
             model = opened.model.merge_and_unload(safe_merge=True).to(wanted)
@@ -76,7 +93,7 @@ def merge_trained(path: Path, out: Path, dtype: str | None = None, max_shard_siz
         out.parent.mkdir(parents=True, exist_ok=True)
         write_folder(out, fill)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    return Merged(out, wanted, size, found[0])
+    return Merged(out, wanted, size, found[0], approximation)
 
 
 def _own_dtype(opened: Opened) -> torch.dtype:

@@ -10,6 +10,7 @@ from ranktune.report.tables import size
 if TYPE_CHECKING:
     from ranktune.exporting import ExportedRun
     from ranktune.merging import Merged
+    from ranktune.static_mixture import MeanGate
     from ranktune.verification.proof import Agreement
 
 
@@ -20,6 +21,7 @@ def export_lines(result: ExportedRun, folder: Path) -> list[str]:
     kind = "DoRA" if exported.decomposed else "LoRA"
     spread = f"rank {max(ranks)}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     lines = [f"{kind} of {len(ranks)} modules, {spread}, {size(exported.nbytes)}"]
+    lines += _approximation_lines(result.approximation, result.agreement)
     if exported.dropped:
         lines.append(f"left out, because they have rank 0: {', '.join(exported.dropped)}")
     if exported.errors:
@@ -39,9 +41,28 @@ def merge_lines(result: Merged) -> list[str]:
     dtype = str(result.dtype).removeprefix("torch.")
     return [
         f"{dtype} weights, {size(result.nbytes)}",
+        *_approximation_lines(result.approximation, result.agreement),
         agreement_line(result.agreement),
         f"Saved in {result.directory}.",
     ]
+
+
+def _approximation_lines(approximation: MeanGate | None, agreement: Agreement) -> list[str]:
+    """What stands for a mor adapter, and how far it is from it."""
+    if approximation is None:
+        return []
+    errors = approximation.module_errors
+    worst = max(errors, key=lambda name: errors[name])
+    lines = [
+        f"approximated, with the router's mean decision on {agreement.inputs}: the output differs by "
+        f"{approximation.output_error:.2%} of what the mor adapter changes in it; of a module's update by "
+        f"{sum(errors.values()) / len(errors):.2%} in the mean, {errors[worst]:.2%} in {worst}"
+    ]
+    if approximation.routed_loss is not None and approximation.static_loss is not None:
+        lines.append(
+            f"loss on them {approximation.static_loss:.4f}, with the mor adapter {approximation.routed_loss:.4f}"
+        )
+    return lines
 
 
 def agreement_line(agreement: Agreement) -> str:
