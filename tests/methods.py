@@ -35,7 +35,7 @@ class Row:
         return self.name
 
 
-_SCALINGS = ("expert_A", "expert_B", "router")
+_SCALINGS = ("expert_A", "expert_B", "router", "router_bias")
 
 ROWS = [
     Row("lora", RankConfig),
@@ -49,6 +49,7 @@ ROWS = [
     Row("increlora-decomposed", IncreLoraConfig, {"use_dora": True, "use_rslora": True}),
     Row("mor", MorConfig, {"num_experts": 3}, mergeable=False, undecayed=_SCALINGS),
     Row("mor-balanced", MorConfig, {"router": "balanced", "use_rslora": True}, mergeable=False, undecayed=_SCALINGS),
+    Row("mor-bias", MorConfig, {"router_bias": True}, mergeable=False, undecayed=_SCALINGS),
     Row("mor-uniform", MorConfig, {"router": "uniform"}, undecayed=_SCALINGS),
     Row("dylora", DyLoraConfig),
     Row("dylora-decomposed", DyLoraConfig, {"use_dora": True, "use_rslora": True}),

@@ -266,4 +266,4 @@ def test_uniform_and_plain_routers_gather_nothing():
     for fields in ({"router": "softmax"}, {"router": "uniform"}, {"router": "balanced", "balance_weight": 0.0}):
         model = peft.get_peft_model(build_base("Linear"), MorConfig(target_modules=TARGETS, **fields)).train()
         model(inputs()).sum().backward()
-        assert all(update._balance_leaves() is None for _, update in updates(model))
+        assert all(update.balance_leaves() is None for _, update in updates(model))

@@ -27,7 +27,7 @@ FLOORS = [
         "processes",
         "cut_energy",
     },
-    {"config", "norm_cache", "update", "growing", "nested", "policy", "balance", "gate_usage", "routed"},
+    {"config", "norm_cache", "update", "growing", "nested", "policy", "balance", "gate_usage", "block_gates", "routed"},
     {"methods"},
     {
         "adapter_file",

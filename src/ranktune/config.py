@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -167,6 +167,16 @@ class RankConfig(PeftConfig):
     def reset_parameters(self, update: LowRankUpdate) -> None:
         """Give a fresh update its starting values."""
         update.reset_parameters(identity=self.init_weights)
+
+    def connect(self, updates: Mapping[str, LowRankUpdate]) -> None:
+        """Let a model's updates know of one another, where they have something to share.
+
+        Args:
+            updates: of one adapter, module name to update, in the model's order.
+        """
+
+    def as_saved(self, update: LowRankUpdate, tensors: Collection[str]) -> None:
+        """Give an update that stands alone the form of one whose tensors of these names were saved."""
 
     def policy(self, layout: Layout, total_steps: int) -> RankPolicy | None:  # noqa: ARG002
         """The rule that moves ranks over a run of so many optimizer steps, or None where they are fixed."""

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranktune.balance import BalanceTerm
+from ranktune.block_gates import BlockGates
 from ranktune.errors import ConfigError
 from ranktune.gate_usage import GateUsage
-from ranktune.mixture import BalanceTap, mixture_delta, mixture_linear, route
+from ranktune.mixture import BalanceTap, in_compute_dtype, mixture_delta, mixture_linear, route
 from ranktune.update import Base, LowRankUpdate
 
 
@@ -27,19 +28,22 @@ class RoutedUpdate(LowRankUpdate):
         in_features, out_features, capacity: see `LowRankUpdate`; the capacity is r, shared by all experts.
         num_experts: N.
         routed: whether there is a router; else every expert's share is 1 / N.
+        router_bias: whether the router has a bias.
         balance_weight: of a load-balancing loss on the router that takes effect by itself, or 0.
         dropout: see `LowRankUpdate`. The router sees the input before dropout.
 
     Attributes:
-        expert_A: [N, r]. expert_B: [N, out]. router: [N, in] or None. All at least float32.
+        expert_A: [N, r]. expert_B: [N, out]. router: [N, in] or None. router_bias: [N] or None. All at least float32.
+        block: with a router that several modules share, what connects them; `router` is None in all but one of them.
         usage: where forward notes the gates while somebody wants to know how experts are used, or None.
     """
 
     router: nn.Parameter | None
+    router_bias: nn.Parameter | None
 
     _COMPONENT_DIM: ClassVar[dict[str, int]] = {**LowRankUpdate._COMPONENT_DIM, "expert_A": 1}
-    _WIDE: ClassVar[tuple[str, ...]] = (*LowRankUpdate._WIDE, "expert_A", "expert_B", "router")
-    UNDECAYED: ClassVar[tuple[str, ...]] = (*LowRankUpdate.UNDECAYED, "expert_A", "expert_B", "router")
+    _WIDE: ClassVar[tuple[str, ...]] = (*LowRankUpdate._WIDE, "expert_A", "expert_B", "router", "router_bias")
+    UNDECAYED: ClassVar[tuple[str, ...]] = (*LowRankUpdate.UNDECAYED, "expert_A", "expert_B", "router", "router_bias")
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class RoutedUpdate(LowRankUpdate):
         *,
         num_experts: int,
         routed: bool,
+        router_bias: bool,
         balance_weight: float,
         dropout: float,
     ) -> None:
@@ -56,14 +61,27 @@ class RoutedUpdate(LowRankUpdate):
         self.expert_A = nn.Parameter(torch.empty(num_experts, capacity))
         self.expert_B = nn.Parameter(torch.empty(num_experts, out_features))
         self.register_parameter("router", nn.Parameter(torch.empty(num_experts, in_features)) if routed else None)
+        self.register_parameter("router_bias", nn.Parameter(torch.empty(num_experts)) if router_bias else None)
+        self.routed = routed
+        self.block: BlockGates | None = None
         self.usage: GateUsage | None = None
         self._balance = BalanceTerm(balance_weight) if balance_weight else None
 
     def train(self, mode: bool = True) -> RoutedUpdate:
         """Set the mode, and make what backward will gather the load-balancing loss in: a compiler could not."""
         super().train(mode)
-        self._balance_leaves()
+        self.balance_leaves()
         return self
+
+    def share(self, block: BlockGates) -> None:
+        """Take part in a block's router from now on, and give up an own one unless it is that."""
+        self.block = block
+        if block.owner is not self:
+            self.drop_router()
+
+    def drop_router(self) -> None:
+        """Have no router of one's own: another module's decides."""
+        self.router = self.router_bias = None
 
     @property
     def num_experts(self) -> int:
@@ -73,18 +91,21 @@ class RoutedUpdate(LowRankUpdate):
     @property
     def mergeable(self) -> bool:
         """Whether the update is the same for every input."""
-        return self.router is None or self.num_experts == 1
+        return not self.routed or self.num_experts == 1
 
     def gates(self, x: Tensor) -> Tensor:
         """G [..., N] for x [..., in], at least float32; they sum to one."""
-        if self.router is None:
+        if not self.routed:
             return self.expert_A.new_full((*x.shape[:-1], self.num_experts), 1.0 / self.num_experts)
-        return route(x, self.router)
+        if self.block is not None:
+            return self.block.peek(self, x)
+        return route(x, self._own_router(), self.router_bias)
 
     def forward(self, x: Tensor, base: Base, scale: float) -> Tensor:
         """The adapted layer's output [..., out] for x [..., in], through a fused op."""
-        if self.router is None:
+        if not self.routed:
             return super().forward(x, base, scale)
+        given = None if self.block is None else self.block.take(self, in_compute_dtype(x)).flatten(0, -2)
         y, gates = mixture_linear(
             x,
             base.weight,
@@ -93,22 +114,24 @@ class RoutedUpdate(LowRankUpdate):
             self.lora_B,
             self.expert_A,
             self.expert_B,
-            self.router,
+            None if given is not None else self._own_router(),
             scale,
+            router_bias=None if given is not None else self.router_bias,
+            gates=given,
             dropout=self.dropout if self.training else 0.0,
-            balance=self._balance_leaves(),
+            balance=None if given is not None else self.balance_leaves(),
         )
         self._note(gates)
         return y
 
     def plain_delta(self, x: Tensor, base_output: Tensor, base: Callable[[], Base], scale: float) -> Tensor:
         """See `LowRankUpdate.plain_delta`."""
-        if self.router is None:
+        if not self.routed:
             return super().plain_delta(x, base_output, base, scale)
         dtype = base_output.dtype
-        gates = self.gates(x.to(dtype))
+        gates = self.gates(x.to(dtype)) if self.block is None else self.block.take(self, x.to(dtype))
         self._note(gates.flatten(0, -2))
-        if (leaves := self._balance_leaves()) is not None:
+        if self.block is None and (leaves := self.balance_leaves()) is not None:
             tapped = BalanceTap.apply(gates.flatten(0, -2), x.detach().to(dtype).flatten(0, -2), *leaves)
             gates = cast(Tensor, tapped).view_as(gates)
         dropped = F.dropout(x.to(dtype), self.dropout if self.training else 0.0)
@@ -145,10 +168,15 @@ class RoutedUpdate(LowRankUpdate):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedUpdate:
         super()._apply(fn, recurse)
-        self._balance_leaves()
+        self.balance_leaves()
         return self
 
-    def _balance_leaves(self) -> tuple[Tensor, Tensor] | None:
+    def _own_router(self) -> nn.Parameter:
+        if self.router is None:
+            raise AttributeError("this update has no router of its own, and is not connected with the one it shares")
+        return self.router
+
+    def balance_leaves(self) -> tuple[Tensor, Tensor] | None:
         """Where backward puts the gradient of the load-balancing loss, in training."""
         if self._balance is None or self.router is None or not (self.training and torch.is_grad_enabled()):
             return None

@@ -36,7 +36,7 @@ class RouterHealth:
         self._watched = {
             name: update
             for name, update in updates(model, adapter_name)
-            if isinstance(update, RoutedUpdate) and not update.mergeable
+            if isinstance(update, RoutedUpdate) and update.router is not None and not update.mergeable
         }
         self._warned: set[str] = set()
         for update in self._watched.values():

@@ -7,7 +7,7 @@ shapes are checked as a whole before any tensor is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,17 +254,20 @@ def _checked_update(
     try:
         # First without storage: what the configuration asks for may be anything, until it fits what is in the file.
         with torch.device("meta"):
-            misfit = _make_update(config, A[1], B[0], capacity).misfit(shapes)
+            misfit = _make_update(config, A[1], B[0], capacity, shapes).misfit(shapes)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterFileError(f"{file.path / CONFIG_FILE}: no module can be made from it: {reason}") from error
     if misfit is not None:
         raise AdapterFileError(f"{file.tensor_file}: module {name} {misfit}.")
-    return _make_update(config, A[1], B[0], capacity)
+    return _make_update(config, A[1], B[0], capacity, shapes)
 
 
-def _make_update(config: RankConfig, in_features: int, out_features: int, capacity: int) -> LowRankUpdate:
+def _make_update(
+    config: RankConfig, in_features: int, out_features: int, capacity: int, tensors: Collection[str]
+) -> LowRankUpdate:
     update = config.make_update(in_features, out_features, capacity)
+    config.as_saved(update, tensors)
     if config.use_dora:
         update.lora_magnitude_vector = torch.nn.Parameter(torch.empty(out_features))
     return update

@@ -129,7 +129,7 @@ def _mean_gates(model: PeftModel, batches: list[Any], name: str) -> dict[str, Te
             update.usage = before[module]
     loads = {module: usage.load() for module, usage in watched.items()}
     for module, update in updates.items():
-        if update.router is None:
+        if not update.routed:
             loads[module] = update.expert_A.new_full((update.num_experts,), 1.0 / update.num_experts)
     if silent := sorted(module for module, load in loads.items() if load is None):
         raise ConfigError(f"no token of the batches reached {silent[0]}: give batches that use the whole model.")

@@ -256,6 +256,10 @@ class RankTuner(CheckedLoading):
         if is_all_linear(config):
             warn_of_left_out(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, RankLayer))
+        config.connect(
+            {name: layer.update_of(adapter_name) for name, layer in layers if adapter_name in layer.ranktune_update}
+        )
 
     def _create_and_replace(
         self,

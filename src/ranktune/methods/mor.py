@@ -12,29 +12,35 @@ rank exists across inputs only, as a family of updates whose columns span up to 
 Where each part lives:
     the forward pass and its gradient        `ranktune.mixture`
     the tensors, and the fixed mixture        `ranktune.routed`
+    a router that several modules share       `ranktune.block_gates`
     the load-balancing loss                   `ranktune.balance`
     a static approximation for merging        `ranktune.static_mixture`
 
 The authors released no code, and the paper leaves much open. What it says nothing or too little about is a field below,
-with our choice as its default; what is fixed here without its word: the router is a linear map without bias of the
-layer's own input, token by token, one for each layer, and does not see the dropout. The paper adapts the feed-forward
-modules only (gate_proj, up_proj and down_proj of Llama); ``target_modules`` is PEFT's field with PEFT's defaults, so
-name them for that.
+with our choice as its default; what is fixed here without its word: the router is a linear map, decides token by token
+(a decision for a whole text would let a causal model see what is still to come) and does not see the dropout. The
+paper adapts the feed-forward modules only (gate_proj, up_proj and down_proj of Llama); ``target_modules`` is PEFT's
+field with PEFT's defaults, so name them for that.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
 
 from torch import nn
 
+from ranktune.block_gates import BlockGates
 from ranktune.config import RankConfig, register_method, require_count
 from ranktune.errors import ConfigError
 from ranktune.routed import RoutedUpdate
 from ranktune.update import LowRankUpdate
 
+# A transformer block: everything up to the first number in a module's name, such as "model.layers.3.".
+_BLOCK = re.compile(r"(?:[^.\d]+[^.]*\.)*?\d+\.")
 _VERA_SCALING = 0.1  # of the rank side, in VeRA (Kopiczko 2023)
 
 
@@ -89,6 +95,19 @@ class MorConfig(RankConfig):
             "second step. The paper does not say."
         },
     )
+    shared_router: bool = field(
+        default=False,
+        metadata={
+            "help": "One router for all adapted modules of a transformer block (those whose names agree up to the "
+            "first number), which reads the input of the first one that runs: with gate, up and down projections that "
+            "of the feed-forward part. The paper does not say whether each linear layer has its own, as here by "
+            "default; its 0.34 % of parameters fit that. Modules outside blocks keep their own."
+        },
+    )
+    router_bias: bool = field(
+        default=False,
+        metadata={"help": "Whether the router's linear map has a bias, zero at the start. The paper does not say."},
+    )
     router_std: float = field(
         default=0.02,
         metadata={"help": "Standard deviation of the router's starting weights. The paper does not say."},
@@ -107,6 +126,18 @@ class MorConfig(RankConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
                 raise ConfigError(f"{name}={value!r} must be a finite number, at least 0.")
+        for name in ("shared_router", "router_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
+            if getattr(self, name) and self.router == "uniform":
+                raise ConfigError(
+                    f"{name}=True has no effect with router='uniform', which has no router: leave it out."
+                )
+        if self.router_bias and self.router == "balanced":
+            raise ConfigError(
+                "router_bias=True cannot be used with router='balanced': the load-balancing loss is a gradient for the "
+                "router's matrix alone. Leave the bias out, or use router='softmax'."
+            )
         if self.use_dora:
             raise ConfigError(
                 "use_dora=True cannot be used with mor: weight decomposition divides by the row norms of W + dW, and "
@@ -142,6 +173,7 @@ class MorConfig(RankConfig):
             capacity,
             num_experts=self.num_experts,
             routed=self.router != "uniform",
+            router_bias=self.router_bias,
             balance_weight=self.balance_weight if self.router == "balanced" else 0.0,
             dropout=self.lora_dropout,
         )
@@ -159,3 +191,25 @@ class MorConfig(RankConfig):
             nn.init.normal_(mixture.expert_B, 1.0, self.expert_noise)
         if mixture.router is not None:
             nn.init.normal_(mixture.router, std=self.router_std)
+        if mixture.router_bias is not None:
+            nn.init.zeros_(mixture.router_bias)
+
+    def connect(self, updates: Mapping[str, LowRankUpdate]) -> None:
+        """With ``shared_router``, leave each block of several modules the router of its first one."""
+        if not self.shared_router:
+            return
+        blocks: dict[str, list[str]] = {}
+        for name in updates:
+            if (block := _BLOCK.match(name)) is not None:
+                blocks.setdefault(block[0], []).append(name)
+        for names in blocks.values():
+            if len(names) == 1:
+                continue
+            shared = BlockGates(names, cast(RoutedUpdate, updates[names[0]]))
+            for name in names:
+                cast(RoutedUpdate, updates[name]).share(shared)
+
+    def as_saved(self, update: LowRankUpdate, tensors: Collection[str]) -> None:
+        """See `RankConfig.as_saved`: of modules that share a router, one has it."""
+        if self.shared_router and "router" not in tensors:
+            cast(RoutedUpdate, update).drop_router()
