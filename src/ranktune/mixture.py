@@ -71,10 +71,10 @@ def mixture_linear(
     survival = 1.0 / (1.0 - dropout)
     leaves = (None, None) if balance is None else balance
     with torch.autocast(x.device.type, enabled=False):
-        y, gates = _MixtureLinear.apply(
+        y, used = _MixtureLinear.apply(
             flat, weight, bias, A, B, expert_A, expert_B, router, router_bias, gates, scale, dropped, survival, *leaves
         )
-    return y.view(*x.shape[:-1], y.shape[-1]), gates
+    return y.view(*x.shape[:-1], y.shape[-1]), used
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:
@@ -234,20 +234,21 @@ class _MixtureLinear(torch.autograd.Function):
         dh = torch.bmm(gates.unsqueeze(1), dz).squeeze(1)
         d_gates = torch.bmm(dz, h.to(gates.dtype).unsqueeze(2)).squeeze(2)
         d_logits = None if router is None else _softmax_backward(gates, d_gates)
+        low, d_low = A, dh
+        if router is not None and d_logits is not None:
+            low, d_low = torch.cat([A, router]), torch.cat([dh, d_logits], 1)
         dx = input_gradient(dy, weight) if needs[0] else None
         if dx is not None:
             if dropped is not None:
                 dx.add_((dh.to(dy.dtype) @ (A * ctx.survival).to(dy.dtype)).masked_fill_(dropped, 0.0))
                 if d_logits is not None:
-                    dx.addmm_(d_logits.to(dy.dtype), router.to(dy.dtype))
-            elif d_logits is None:
-                dx.addmm_(dh.to(dy.dtype), A.to(dy.dtype))
+                    dx.addmm_(d_logits.to(dy.dtype), low[len(A) :].to(dy.dtype))
             else:
-                dx.addmm_(torch.cat([dh, d_logits], 1).to(dy.dtype), torch.cat([A, router]).to(dy.dtype))
+                dx.addmm_(d_low.to(dy.dtype), low.to(dy.dtype))
         dA = dB = d_expert_A = d_expert_B = d_router = d_router_bias = None
         if any(needs[3:9]):
             if d_logits is not None and dropped is None and x.dtype == gates.dtype:
-                dA, d_router = (torch.cat([dh, d_logits], 1).T @ x).split([A.shape[0], router.shape[0]])
+                dA, d_router = (d_low.T @ x).split([A.shape[0], d_logits.shape[1]])
             else:
                 dA = (dh.to(x.dtype).T @ zero_dropped(x, dropped)).mul_(ctx.survival)
                 d_router = None if d_logits is None else d_logits.T @ x.to(gates.dtype)
