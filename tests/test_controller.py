@@ -255,6 +255,18 @@ def test_the_total_rank_keeps_to_the_budget_between_its_changes_too(config):
         assert total <= (before_next_pruning[0] if config is DynamicDoraConfig else allowed)
 
 
+def test_the_budgets_of_a_schedule_that_was_begun_anew_begin_there():
+    model = build()
+    optimizer = optimizer_of(model)
+    first = RankController(model, optimizer, STEPS)
+    train(model, optimizer, 20)
+    first.close()
+    second = RankController(model, optimizer, STEPS, restart=True)
+    train(model, optimizer, STEPS - 20)
+    assert second.budgets()[0] == (20, 18)
+    assert second.budgets()[-1] == (max(step for step, _ in second.budgets()), 12)
+
+
 def test_a_closed_controller_is_no_controller():
     model = build()
     optimizer = optimizer_of(model)

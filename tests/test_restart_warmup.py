@@ -191,7 +191,19 @@ def test_the_error_of_one_step_is_rounding():
 def test_amsgrad_warns_and_keeps_the_ramp():
     update = update_of()
     with pytest.warns(UserWarning, match="AMSGrad only its learning-rate ramp is kept"):
-        RestartWarmup(torch.optim.AdamW(update.parameters(), lr=LR, amsgrad=True), [update], RAMP, TOTAL)
+        warmup = RestartWarmup(torch.optim.AdamW(update.parameters(), lr=LR, amsgrad=True), [update], RAMP, TOTAL)
+    optimizer = warmup.optimizer
+    update.stock(1, 0, 1e-5)
+    for step in range(1, RAMP + 4):
+        for parameter, grad in zip(update.parameters(), gradients(step), strict=True):
+            parameter.grad = grad
+        before = update.lora_A.detach()[START].clone()
+        warmup.remember(step, final=False)
+        optimizer.step()
+        taken = update.lora_A.detach()[START] - before * (1.0 - LR * 0.01)
+        warmup.correct(step)
+        rho = min((step - 1) / RAMP, 1.0)
+        torch.testing.assert_close(update.lora_A.detach()[START], before * (1.0 - rho * LR * 0.01) + rho * taken)
 
 
 def test_eight_bit_moments_take_the_limit_of_the_gain(monkeypatch):
