@@ -50,6 +50,7 @@ FLOORS = [
         "router_health",
         "plain_lora",
         "saved_adapter",
+        "foreign_start",
         "rank_setting",
         "rank_budget",
     },

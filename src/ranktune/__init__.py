@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ranktune.controller import RankController
     from ranktune.errors import AdapterFileError, ConfigError, DataError, ExportError, RanktuneError, RecipeError
     from ranktune.export import export_lora
+    from ranktune.foreign_start import start_from
     from ranktune.gradients import ControllerError
     from ranktune.inspect import inspect
     from ranktune.integrations.trainer import RankCallback
@@ -57,6 +58,7 @@ _HOME = {
     "ranks": "ranktune.adapters",
     "set_rank": "ranktune.rank_setting",
     "squeeze": "ranktune.squeezing",
+    "start_from": "ranktune.foreign_start",
     "total_rank": "ranktune.adapters",
 }
 
@@ -87,6 +89,7 @@ __all__ = [
     "ranks",
     "set_rank",
     "squeeze",
+    "start_from",
     "total_rank",
 ]
 

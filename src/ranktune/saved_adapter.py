@@ -72,8 +72,8 @@ class SavedModule:
     update: LowRankUpdate | None = None
 
     @torch.no_grad()
-    def plain(self) -> PlainModule:
-        """As ``B A``, with the scale and all gates inside B; at least float32.
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A [r, in], B [out, r] with all gates inside, and the scale; at least float32.
 
         Raises:
             ConfigError: the update depends on its input.
@@ -85,7 +85,22 @@ class SavedModule:
             if "lora_E" in self.tensors:
                 B = B * self.tensors["lora_E"].T
         A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (A, B))
-        return PlainModule(A, B * scale, self.tensors.get("lora_magnitude_vector"))
+        return A, B, scale
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """m [out] of a weight-decomposed module."""
+        return self.tensors.get("lora_magnitude_vector")
+
+    @torch.no_grad()
+    def plain(self) -> PlainModule:
+        """As ``B A``, with the scale and all gates inside B; at least float32.
+
+        Raises:
+            ConfigError: the update depends on its input.
+        """
+        A, B, scale = self.factors()
+        return PlainModule(A, B * scale, self.magnitude)
 
 
 @dataclass(frozen=True)

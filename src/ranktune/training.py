@@ -13,6 +13,7 @@ import ranktune
 from ranktune.baselines import Baseline, reading
 from ranktune.controller import history_records
 from ranktune.errors import RecipeError
+from ranktune.foreign_start import load_start
 from ranktune.integrations.trainer import RankCallback, RankEarlyStoppingCallback
 from ranktune.recipe import Recipe, load_recipe, recipe_text
 from ranktune.run import atomic
@@ -56,7 +57,7 @@ def train(
     directory = RunDirectory(Path(recipe.output))
     directory.refuse_unless_writable(overwrite)
     with libraries_quiet():
-        prepared = prepare(recipe, file)
+        prepared = prepare(recipe, file, begins=True)
         examples = prepare_examples(prepared)
         _introduce(prepared, display)
         return _run(prepared, examples, directory, display, further=callbacks)
@@ -94,7 +95,7 @@ def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: 
     for path, fault in found.torn.items():
         display.say(f"{path.name} is not whole: {fault}")
     with libraries_quiet():
-        prepared = prepare(recipe, directory.recipe)
+        prepared = prepare(recipe, directory.recipe, begins=found.newest is None)
         examples = prepare_examples(prepared)
         _introduce(prepared, display)
         if found.newest is None:
@@ -113,7 +114,7 @@ def rehearse(recipe: Recipe, file: str | Path) -> Plan:
         RecipeError, DataError, ConfigError: something in the recipe cannot work.
     """
     with libraries_quiet():
-        prepared = prepare(recipe, file)
+        prepared = prepare(recipe, file, begins=True)
         prepare_examples(prepared)
         return prepared.plan
 
@@ -125,6 +126,9 @@ def _introduce(prepared: Prepared, display: Display) -> None:
         f"{prepared.recipe.method['name']} on {prepared.source.name}: {len(plan.modules)} modules of total rank "
         f"{plan.rank:,}, {plan.trainable:,} trainable parameters ({plan.trainable / plan.total:.2%} of the model)"
     )
+    if (start := prepared.start) is not None:
+        trained_on = f"trained on {start.base_model}" if start.base_model else "which names no base model"
+        display.say(f"starting from {start.folder} ({start.saved.method}), {trained_on}")
     if plan.left_out:
         display.say(plan.left_out)
 
@@ -142,6 +146,8 @@ def _run(
     task, config, seed = prepared.task, prepared.config, prepared.recipe.train.seed
     memory = PeakMemory()
     model = adapted(pretrained(prepared.source, task, prepared.recipe), config, seed)
+    if prepared.start is not None:
+        load_start(model, prepared.start)
     training_params = reading.trainable_parameters(model)
     resumed = None if found is None else found.newest
     with directory.held():

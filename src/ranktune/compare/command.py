@@ -14,6 +14,7 @@ from ranktune.compare.ray_pool import RayPool, load_ray
 from ranktune.compare.store import Store
 from ranktune.compare.summary import Summary, summarise
 from ranktune.compare.workers import Workers
+from ranktune.errors import RecipeError
 from ranktune.recipe import Recipe
 
 
@@ -42,6 +43,11 @@ def compare_recipe(
     """
     from ranktune.report.comparison import write_report
 
+    if recipe.method.get("init_from") is not None:
+        raise RecipeError(
+            f"{file}: 'method.init_from' keeps the ranks of an adapter, and a comparison gives all methods as many "
+            "parameters as lora has at one r. Compare without it, or train each method from the adapter."
+        )
     pool_of = _pool(jobs, on_ray)
     grid = lay_out(recipe, file, options)
     store = Store(grid.runs)

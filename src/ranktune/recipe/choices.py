@@ -79,15 +79,24 @@ _DECIDED_BY_THE_RUN = frozenset(
 def complete_method(method: dict[str, Any], file: str) -> dict[str, Any]:
     """The `method` section with every default of the method's configuration class written out.
 
+    With `init_from` the fields that the adapter there decides are taken from it; a section that is complete already
+    is not read anew, since a run goes on when the folder has gone.
+
     Raises:
         RecipeError: no such method, or it has no such field.
-        ConfigError: the configuration class refuses a value.
+        ConfigError: the configuration class refuses a value, or `init_from` contradicts it.
+        AdapterFileError: `init_from` is no adapter to start from.
     """
     config_class = method_class(method, file)
     fields = method_fields(config_class)
     for name in method:
-        if name in fields or name == "name":
+        if name in fields or name == "name" or (name == "init_from" and _can_start(config_class)):
             continue
+        if name == "init_from":
+            raise RecipeError(
+                f"{file}: 'method.init_from' starts a method of ranktune's from a saved adapter, and "
+                f"'{method['name']}' is none of them."
+            )
         if name in _SET_BY_THE_RUN:
             raise RecipeError(f"{file}: 'method.{name}' is set by the run itself; remove it.")
         near = did_you_mean(name, fields).replace("'", "'method.", 1)
@@ -95,14 +104,39 @@ def complete_method(method: dict[str, Any], file: str) -> dict[str, Any]:
             f"{file}: unknown key 'method.{name}' for method '{method['name']}'."
             f"{near or ' Known keys: ' + ', '.join(fields) + '.'}"
         )
-    complete = {
-        "name": method["name"],
-        **{name: method.get(name, _default(field)) for name, field in fields.items()},
-    }
+    if method.get("init_from") is not None and not all(name in method for name in fields):
+        method = {**method, **fields_of_start(method, file)}
+    complete = {"name": method["name"], **({"init_from": method.get("init_from")} if _can_start(config_class) else {})}
+    complete |= {name: method.get(name, _default(field)) for name, field in fields.items()}
     if "target_modules" in complete and complete["target_modules"] is None:
         complete["target_modules"] = "all-linear"
     method_config(complete, file)
     return complete
+
+
+def fields_of_start(method: dict[str, Any], file: str) -> dict[str, Any]:
+    """What the adapter in `init_from` decides of the method's fields.
+
+    Raises:
+        RecipeError: `init_from` is no text.
+        AdapterFileError, ConfigError: there is no adapter to start from, or a field contradicts it.
+    """
+    from ranktune.foreign_start import read_start, start_fields
+
+    place = method["init_from"]
+    if not isinstance(place, str) or not place:
+        raise RecipeError(f"{file}: 'method.init_from' is {place!r}; name the folder of an adapter.")
+    given = {name: value for name, value in method.items() if name not in ("name", "init_from")}
+    if given.get("target_modules") == "all-linear":
+        raise RecipeError(f"{file}: 'method.target_modules' is decided by 'method.init_from': leave it out.")
+    return start_fields(read_start(place), method["name"], given)
+
+
+def _can_start(config_class: type[RankConfig] | type[Baseline]) -> bool:
+    """Whether it is a method of ours, which `init_from` is for."""
+    from ranktune.config import RankConfig
+
+    return issubclass(config_class, RankConfig)
 
 
 def method_fields(config_class: type[RankConfig] | type[Baseline]) -> dict[str, dataclasses.Field[Any]]:
@@ -131,7 +165,7 @@ def method_config(method: dict[str, Any], file: str, task_type: str | None = Non
         ConfigError: the configuration class refuses a value, for whatever reason it gives.
     """
     # PEFT extends the lists it is given in place (modules_to_save): the recipe keeps its own.
-    values = copy.deepcopy({name: value for name, value in method.items() if name != "name"})
+    values = copy.deepcopy({name: value for name, value in method.items() if name not in ("name", "init_from")})
     try:
         return method_class(method, file)(task_type=task_type, **values)
     except (TypeError, ValueError) as error:

@@ -12,15 +12,19 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def with_environment(recipe: Recipe, file: str) -> Recipe:
-    """The recipe with every `${NAME}` in `model`, `data.source` and `output` replaced by that environment variable.
+    """The recipe with every `${NAME}` in a place (`model`, `method.init_from`, `data.source`, `output`) replaced.
 
     Raises:
         RecipeError: a variable is not set.
     """
     source = _expanded(recipe.data.source, "data.source", file)
+    method, start = recipe.method, recipe.method.get("init_from")
+    if isinstance(start, str):
+        method = {**method, "init_from": _expanded(start, "method.init_from", file)}
     return recipe.model_copy(
         update={
             "model": _expanded(recipe.model, "model", file),
+            "method": method,
             "data": recipe.data.model_copy(update={"source": source}),
             "output": _expanded(recipe.output, "output", file),
         }

@@ -20,9 +20,10 @@ from ranktune.recipe.schema import KNOWN_ELSEWHERE, SECTIONS, Recipe
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `key.sub=value` overrides and check every key and value.
 
-    In the places that name a file or folder (`model`, `data.source`, `output`), `${NAME}` stands for an environment
-    variable. The result is complete: the method's and the training's defaults are written out, and a local model or
-    data folder is absolute, so that the run can be repeated from another working directory.
+    In the places that name a file or folder (`model`, `method.init_from`, `data.source`, `output`), `${NAME}` stands
+    for an environment variable. The result is complete: the method's and the training's defaults are written out, and
+    a local model, data folder or adapter to start from is absolute, so that the run can be repeated from another
+    working directory.
 
     Raises:
         RecipeError: the file is missing or not YAML; a key is unknown; a value has the wrong type or is impossible;
@@ -38,7 +39,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     from ranktune.recipe.choices import checked_trainer_fields, complete_method
 
     checked_trainer_fields(recipe.train, _sources("train", path, overrides))
-    method = complete_method(recipe.method, _sources("method", path, overrides))
+    method = {name: _place(value) if name == "init_from" else value for name, value in recipe.method.items()}
+    method = complete_method(method, _sources("method", path, overrides))
     return recipe.model_copy(
         update={
             "model": _absolute_if_local(recipe.model),
@@ -115,6 +117,10 @@ def suggest_key(parts: list[str]) -> str:
     if elsewhere := KNOWN_ELSEWHERE.get(word) or everywhere.get(word):
         return f" Did you mean '{elsewhere}'?"
     return f" Known keys: {', '.join(prefix + name for name in known)}." if known else ""
+
+
+def _place(value: Any) -> Any:
+    return _absolute_if_local(value) if isinstance(value, str) else value
 
 
 def _absolute_if_local(name: str) -> str:

@@ -14,8 +14,9 @@ from ranktune.baselines import Baseline, Full
 from ranktune.baselines.plan import baseline_plan
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, RecipeError
+from ranktune.foreign_start import Start, read_start, refuse_other_model
 from ranktune.recipe import Recipe
-from ranktune.recipe.choices import method_config
+from ranktune.recipe.choices import fields_of_start, method_config
 from ranktune.run.arguments import training_arguments
 from ranktune.run.model import skeleton
 from ranktune.run.steps import ExpectedSteps
@@ -26,7 +27,10 @@ from ranktune.tasks.models import ModelSource, resolve_model
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked recipe: its model's place, data and task, the method's and trainer's settings, and what it adapts."""
+    """A checked recipe: its model's place, data and task, the method's and trainer's settings, and what it adapts.
+
+    `start` is the adapter whose values the new one begins with, where the run begins and the recipe names one.
+    """
 
     recipe: Recipe
     source: ModelSource
@@ -35,6 +39,7 @@ class Prepared:
     config: RankConfig | Baseline
     arguments: TrainingArguments
     plan: Plan
+    start: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,21 @@ class Examples:
     steps: ExpectedSteps
 
 
-def prepare(recipe: Recipe, file: str | Path) -> Prepared:
+def prepare(recipe: Recipe, file: str | Path, *, begins: bool = False) -> Prepared:
     """Find the model, load the data, and check the method's module names on a model without weights.
+
+    Args:
+        recipe: as `load_recipe` returns it. file: its file, for messages.
+        begins: whether the run begins with this, so that the adapter in `method.init_from` has to be there.
 
     Raises:
         RecipeError: the model cannot be found, a module name matches nothing in it, or transformers or this machine
             cannot train as asked.
         DataError: the data is missing or does not fit the task.
         ConfigError: the method refuses its fields.
+        AdapterFileError: the adapter in `method.init_from` is not there, or does not belong to the model.
     """
+    start = _start(recipe, str(file)) if begins else None
     check_source(recipe.data)
     source = resolve_model(recipe.model)
     data = load_data(recipe.data, recipe.train.seed)
@@ -63,9 +74,25 @@ def prepare(recipe: Recipe, file: str | Path) -> Prepared:
     arguments = training_arguments(recipe, task)
     config = method_config(_with_new_head(recipe.method, task), str(file), task_type=task.peft_task_type)
     model = skeleton(source, task, data)
+    if start is not None:
+        refuse_other_model(start, model, source.name)
     check_targets(config, model)
     _refuse_half_precision_in_full(config, recipe)
-    return Prepared(recipe, source, data, task, config, arguments, plan_of(config, model))
+    return Prepared(recipe, source, data, task, config, arguments, plan_of(config, model), start)
+
+
+def _start(recipe: Recipe, file: str) -> Start | None:
+    """The adapter to start from, which must still be the one that the recipe's fields were taken from."""
+    place = recipe.method.get("init_from")
+    if place is None:
+        return None
+    decided = fields_of_start(recipe.method, file)
+    if changed := [name for name, value in decided.items() if recipe.method[name] != value]:
+        raise RecipeError(
+            f"{file}: 'method.{changed[0]}' is {recipe.method[changed[0]]!r}, and the adapter in 'method.init_from' "
+            f"now has {decided[changed[0]]!r}. Leave it out, with all that the adapter decides."
+        )
+    return read_start(place)
 
 
 def plan_of(config: RankConfig | Baseline, model: nn.Module) -> Plan:
