@@ -34,6 +34,7 @@ FLOORS = [
         "peft_compat",
         "left_out",
         "quantised_weight",
+        "dequantising",
         "tuner",
         "adapters",
         "quantised_state",

@@ -572,6 +572,9 @@ def merge(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
     approximate: Approximate = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Merge a quantised base model's dequantised weights.")
+    ] = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - read by the decorator
 ) -> None:
@@ -590,7 +593,7 @@ def merge(
     from ranktune.merging import merge_trained
     from ranktune.report.exports import merge_lines
 
-    result = merge_trained(trained, out, dtype, max_shard_size, approximate)
+    result = merge_trained(trained, out, dtype, max_shard_size, approximate, dequantize=dequantize)
     if not quiet:
         for line in merge_lines(result):
             typer.echo(line)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from ranktune.approximation import activate_approximation, check_approximation
+from ranktune.dequantising import is_quantised
 from ranktune.errors import ConfigError, ExportError, did_you_mean
 from ranktune.export import refuse_occupied
 from ranktune.run.atomic import write_folder
@@ -41,6 +42,8 @@ def merge_trained(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     approximate: str | None = None,
+    *,
+    dequantize: bool = False,
 ) -> Merged:
     """Write the base model with the adapter merged into it: `from_pretrained` loads the folder without PEFT or us.
 
@@ -54,6 +57,7 @@ def merge_trained(
         max_shard_size: of one file of weights, as in transformers.
         approximate: ``"mean_gate"`` merges a mor adapter as `ranktune.mean_gate` approximates it on the inputs that the
             folder is checked with. Without it, such an adapter is refused.
+        dequantize: merge into the dequantised weights of a quantised base model, and write an ordinary one.
 
     Raises:
         ConfigError: the adapter cannot be merged (its update depends on the input, or the base is quantised), or a
@@ -64,7 +68,13 @@ def merge_trained(
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
     refuse_occupied(out)
     check_approximation(approximate)
-    opened = open_trained(path)
+    opened = open_trained(path, dequantise=dequantize)
+    if is_quantised(opened.model.get_base_model()):
+        raise ConfigError(
+            f"the base model of {path} is quantised: merging into its few bits would round the update away. Merge "
+            "into the weights they stand for, with --dequantize, for an ordinary model of full size; or keep the "
+            "adapter apart."
+        )
     wanted = _own_dtype(opened) if dtype is None else DTYPES[dtype]
     with libraries_quiet():
         approximation = activate_approximation(opened, approximate)

@@ -129,8 +129,9 @@ def _introduce(prepared: Prepared, display: Display) -> None:
     if (start := prepared.start) is not None:
         trained_on = f"trained on {start.base_model}" if start.base_model else "which names no base model"
         display.say(f"starting from {start.folder} ({start.saved.method}), {trained_on}")
-    if plan.left_out:
-        display.say(plan.left_out)
+    for more in (plan.quantised, plan.left_out):
+        if more:
+            display.say(more)
 
 
 def _run(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Quantization = Literal["nf4", "int8", "torchao-int8"]
 
 
 def _is_occasion(value: Any) -> bool:
@@ -141,6 +142,7 @@ class Recipe(Section):
     """A whole run. `method` holds the method's name and the fields of its configuration class."""
 
     model: str = "all-minilm"
+    quantization: Quantization | None = None
     method: Annotated[dict[str, Any], BeforeValidator(_named)]
     data: DataRecipe = DataRecipe()
     train: TrainRecipe = TrainRecipe()
@@ -175,6 +177,9 @@ KNOWN_ELSEWHERE = {
     "fp16": "train.precision",
     "output_dir": "output",
     "dataset": "data.source",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
+    "quantization_config": "quantization",
     "rank": "method.r",
     "alpha": "method.lora_alpha",
     "dropout": "method.lora_dropout",

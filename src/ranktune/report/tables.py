@@ -29,6 +29,8 @@ def plan_table(plan: Plan) -> Table:
     if plan.compared:
         sizes = ", ".join(f"{name} {count:,} ({plan.adapter / count:.3g} x)" for name, count in plan.compared.items())
         table.caption += f"\nThe adapter's {plan.adapter:,} beside others of the same ranks: {sizes}."
+    if plan.quantised:
+        table.caption += f"\n{plan.quantised}."
     if plan.left_out:
         table.caption += f"\n{plan.left_out}"
     table.caption_justify = "left"

@@ -20,6 +20,8 @@ from ranktune.baselines import Baseline
 from ranktune.baselines.penalty import penalise_training_only
 from ranktune.config import RankConfig
 from ranktune.errors import RecipeError
+from ranktune.quantised_weight import keep_layout
+from ranktune.run.quantization import quantization_config, unquantised
 
 if TYPE_CHECKING:
     from peft import PeftMixedModel, PeftModel
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from ranktune.tasks import Data, Task
     from ranktune.tasks.models import ModelSource
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _AUTO_CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -39,7 +41,7 @@ _AUTO_CLASSES = {
 _CLASSIFIER_HEADS = ("classifier", "score")
 
 
-def skeleton(source: ModelSource, task: Task, data: Data) -> nn.Module:
+def skeleton(source: ModelSource, task: Task, data: Data | None = None) -> PreTrainedModel:
     """The task's model from its configuration alone, on the meta device: every module's name and shape, no storage.
 
     Raises:
@@ -47,7 +49,7 @@ def skeleton(source: ModelSource, task: Task, data: Data) -> nn.Module:
     """
     try:
         config = AutoConfig.from_pretrained(source.path, revision=source.revision or "main")
-        if data.labels is not None or task.peft_task_type == "SEQ_CLS":
+        if data is not None and (data.labels is not None or task.peft_task_type == "SEQ_CLS"):
             config.num_labels = len(data.labels or ["score"])
         with torch.device("meta"):
             return _AUTO_CLASSES[task.peft_task_type].from_config(config)
@@ -56,13 +58,23 @@ def skeleton(source: ModelSource, task: Task, data: Data) -> nn.Module:
 
 
 def pretrained(source: ModelSource, task: Task, recipe: Recipe) -> PreTrainedModel:
-    """The base model with its weights, seeded first because a new head is random."""
+    """The base model with its weights, quantised as the recipe says; seeded first because a new head is random."""
+    quantised = None
+    if recipe.quantization is not None:
+        kept = unquantised(recipe.quantization, skeleton(source, task), modules_trained_in_full(recipe, task))
+        quantised = quantization_config(recipe.quantization, kept, DTYPES[recipe.train.precision])
     set_seed(recipe.train.seed)
     try:
-        model = task.load_model(source.path, dtype=_DTYPES[recipe.train.base_dtype], revision=source.revision)
+        model = task.load_model(
+            source.path,
+            dtype=DTYPES[recipe.train.base_dtype],
+            revision=source.revision,
+            quantization_config=quantised,
+        )
     except OSError as error:
         raise RecipeError(f"model: the weights of '{source.name}' cannot be loaded: {error}") from error
-    _keep_trained_modules_in_float32(model, _modules_trained_in_full(recipe, task))
+    keep_layout(model)
+    _keep_trained_modules_in_float32(model, modules_trained_in_full(recipe, task))
     return model
 
 
@@ -83,7 +95,8 @@ def restored(base: PreTrainedModel, adapter: Path) -> PeftModel | PreTrainedMode
     return model
 
 
-def _modules_trained_in_full(recipe: Recipe, task: Task) -> list[str]:
+def modules_trained_in_full(recipe: Recipe, task: Task) -> list[str]:
+    """Names, or ends of names, of the modules that are trained beside the adapter."""
     heads = list(_CLASSIFIER_HEADS) if task.peft_task_type == "SEQ_CLS" else []
     return [*heads, *(task.head_modules or []), *(recipe.method.get("modules_to_save") or [])]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from ranktune.foreign_start import Start, read_start, refuse_other_model
 from ranktune.recipe import Recipe
 from ranktune.recipe.choices import fields_of_start, method_config
 from ranktune.run.arguments import training_arguments
-from ranktune.run.model import skeleton
+from ranktune.run.model import DTYPES, modules_trained_in_full, skeleton
+from ranktune.run.quantization import check_quantization, in_words, unquantised
 from ranktune.run.steps import ExpectedSteps
 from ranktune.run.targets import Plan, check_targets, plan
 from ranktune.tasks import Data, Task, build_task, check_source, load_data
@@ -78,7 +79,13 @@ def prepare(recipe: Recipe, file: str | Path, *, begins: bool = False) -> Prepar
         refuse_other_model(start, model, source.name)
     check_targets(config, model)
     _refuse_half_precision_in_full(config, recipe)
-    return Prepared(recipe, source, data, task, config, arguments, plan_of(config, model), start)
+    quantised = None
+    if recipe.quantization is not None:
+        check_quantization(recipe.quantization, config)
+        kept = unquantised(recipe.quantization, model, modules_trained_in_full(recipe, task))
+        quantised = in_words(recipe.quantization, model, kept, DTYPES[recipe.train.base_dtype])
+    planned = replace(plan_of(config, model), quantised=quantised)
+    return Prepared(recipe, source, data, task, config, arguments, planned, start)
 
 
 def _start(recipe: Recipe, file: str) -> Start | None:

@@ -84,11 +84,17 @@ def _examples_seen(trainer: Trainer) -> int:
     return trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
+def _numbers(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for: of four bits, two fit into one number of its storage."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 def _sizes(model: nn.Module) -> dict[str, int]:
     """Parameter counts and the total rank. `total_params` is the model with its adapter."""
     return {
         "trainable_params": reading.final_parameters(model),
         "active_params": reading.active_parameters(model),
-        "total_params": sum(parameter.numel() for parameter in model.parameters()),
+        "total_params": sum(_numbers(parameter) for parameter in model.parameters()),
         "total_rank": sum(reading.ranks(model).values()),
     }

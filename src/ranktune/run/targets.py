@@ -41,7 +41,7 @@ class Plan:
     `compared` has the sizes of other methods' adapters on the same modules at the same ranks, where the method's own
     size invites the question. `layout` is what a policy has to know of the adapter; `other` counts trainable parameters
     outside it (a new head); `total` the model's with its adapter. `left_out`: what `all-linear` does not reach, in a
-    sentence; None for targets that were named.
+    sentence; None for targets that were named. `quantised`: what is, in words.
     """
 
     modules: list[PlannedModule]
@@ -51,6 +51,7 @@ class Plan:
     total: int
     left_out: str | None = None
     compared: dict[str, int] | None = None
+    quantised: str | None = None
 
     @property
     def trainable(self) -> int:

@@ -60,8 +60,14 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def load_model(self, path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
-        """Load the pretrained model with the head this task needs.
+    def load_model(
+        self,
+        path: str,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        quantization_config: Any = None,
+    ) -> PreTrainedModel:
+        """Load the pretrained model with the head this task needs, quantised where a configuration of that is given.
 
         Seed first, because a new head is random.
         """

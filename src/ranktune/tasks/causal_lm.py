@@ -58,11 +58,19 @@ class CausalLM(Task):
         layouts = {"text": self._blocks, "completion": self._pairs, "messages": self._conversations}
         self._encode = next(encode for role, encode in layouts.items() if role in data.train.column_names)
 
-    def load_model(self, path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
+    def load_model(
+        self,
+        path: str,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        quantization_config: Any = None,
+    ) -> PreTrainedModel:
         """Load the language model. Raises RecipeError when `max_length` is more than its positions."""
         config = AutoConfig.from_pretrained(path, revision=revision or "main")
         check_length("data.max_length", self.max_length, positions(config), "model")
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision or "main")
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, revision=revision or "main", quantization_config=quantization_config
+        )
 
     def load_tokenizer(self, path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
         """Load the tokenizer; it pads on the right, as training needs (generation would pad on the left)."""

@@ -56,12 +56,20 @@ class Seq2Seq(Task):
             "generation_num_beams": 1,
         }
 
-    def load_model(self, path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
+    def load_model(
+        self,
+        path: str,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        quantization_config: Any = None,
+    ) -> PreTrainedModel:
         """Load the encoder-decoder. Raises RecipeError when a length is more than its positions."""
         config = AutoConfig.from_pretrained(path, revision=revision or "main")
         check_length("data.max_length", self.max_length, positions(config), "model")
         check_length("data.max_target_length", self.max_target_length, positions(config), "model")
-        model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype, revision=revision or "main")
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            path, dtype=dtype, revision=revision or "main", quantization_config=quantization_config
+        )
         # Only the special tokens of the model's own generation settings: sampling would make scores random,
         # and a summariser's minimal length or ban on repeats is wrong for another task.
         own = model.generation_config.to_dict() if model.generation_config else {}

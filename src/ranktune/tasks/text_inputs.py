@@ -21,7 +21,13 @@ class TextInputTask(Task):
 
     peft_task_type: ClassVar[str] = "SEQ_CLS"
 
-    def load_model(self, path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
+    def load_model(
+        self,
+        path: str,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        quantization_config: Any = None,
+    ) -> PreTrainedModel:
         """Load the encoder with a new head of the right width.
 
         Raises RecipeError when `max_length` is too long.
@@ -32,7 +38,9 @@ class TextInputTask(Task):
         if config.pad_token_id is None:
             # Decoders (GPT-2, Llama) find each row's last real token by this number, and need it for batches.
             config.pad_token_id = self.load_tokenizer(path, revision).pad_token_id
-        return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=dtype, revision=revision)
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, dtype=dtype, revision=revision, quantization_config=quantization_config
+        )
 
     def tokenize(self, dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
         """Token ids of the text or pair, cut to `max_length`, and the label."""

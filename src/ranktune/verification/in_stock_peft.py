@@ -1,7 +1,7 @@
 """Run as a script, with the path of a job: load a model with stock libraries only, and write down its outputs.
 
-A job (JSON) names the model's class in transformers, where its weights are, the adapter to put on it if any, the inputs
-(safetensors) and where the outputs go. Nothing here may import ranktune.
+A job (JSON) names the model's class in transformers, where its weights are, how to quantise them if at all, the adapter
+to put on it if any, the inputs (safetensors) and where the outputs go. Nothing here may import ranktune.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from safetensors.torch import load_file, save_file
 def do(job: dict[str, Any]) -> None:
     """Load, compute, write."""
     transformers.set_seed(job["seed"])
+    how = job["quantization"]
     model = getattr(transformers, job["class"]).from_pretrained(
         job["weights"],
         config=transformers.AutoConfig.from_pretrained(job["config"]),
         dtype=torch.float32,
         revision=job["revision"] or "main",
+        quantization_config=how and transformers.quantizers.AutoQuantizationConfig.from_dict(how),
     )
+    for module in model.modules():
+        # On some CPUs bitsandbytes would rearrange 4-bit weights when evaluated, so that a DoRA could not read them.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if job["adapter"] is not None:
         model = peft.PeftModel.from_pretrained(model, job["adapter"])
     with torch.no_grad():

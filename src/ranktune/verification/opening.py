@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ranktune.adapter_file import CONFIG_FILE, AdapterFile, read_adapter
+from ranktune.dequantising import dequantised
 from ranktune.errors import AdapterFileError, ConfigError, DataError, RecipeError
+from ranktune.quantised_weight import keep_layout
 from ranktune.recipe import load_recipe
 from ranktune.run.directory import RunDirectory
 from ranktune.run.model import pretrained, restored
@@ -43,7 +45,7 @@ _HEAD_ENDS = ("classifier.weight", "score.weight", "out_proj.weight")
 
 @dataclass(frozen=True)
 class Opened:
-    """A base model in float32 with an adapter on it.
+    """A base model with an adapter on it, in float32 but for what is quantised.
 
     Attributes:
         model: the PEFT model, in evaluation mode.
@@ -61,23 +63,26 @@ class Opened:
     inputs: str
 
 
-def open_trained(path: Path, base: str | None = None, texts: Path | None = None) -> Opened:
+def open_trained(path: Path, base: str | None = None, texts: Path | None = None, *, dequantise: bool = False) -> Opened:
     """Load what was trained: ``OUT`` of `ranktune train`, or the folder of an adapter.
 
     Args:
         path: of either.
         base: of an adapter's folder, the base model instead of the one it names.
         texts: of an adapter's folder, a file with one text a line, to be the inputs.
+        dequantise: a base model that is quantised, by the run's recipe or in its own folder, becomes an ordinary one.
 
     Raises:
         AdapterFileError, RecipeError, DataError, ConfigError: it is not there, not whole, or its base model or data
             are gone.
     """
     with libraries_quiet():
-        return _open_adapter(path, base, texts) if (path / CONFIG_FILE).exists() else _open_run(path)
+        if (path / CONFIG_FILE).exists():
+            return _open_adapter(path, base, texts, dequantise)
+        return _open_run(path, dequantise)
 
 
-def _open_run(path: Path) -> Opened:
+def _open_run(path: Path, dequantise: bool) -> Opened:
     directory = RunDirectory(path)
     directory.read_metrics()
     if not (directory.adapter / CONFIG_FILE).exists():
@@ -88,10 +93,9 @@ def _open_run(path: Path) -> Opened:
     recipe = load_recipe(directory.recipe, _FLOAT32)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(recipe.model_copy(update={"output": scratch}), directory.recipe)
-    _refuse_quantised(AutoConfig.from_pretrained(prepared.source.path, revision=prepared.source.revision or "main"))
     tokenizer = prepared.task.load_tokenizer(prepared.source.path, prepared.source.revision)
-    model = cast(peft.PeftModel, restored(pretrained(prepared.source, prepared.task, recipe), directory.adapter)).eval()
-    base = cast(PreTrainedModel, model.get_base_model())
+    base = pretrained(prepared.source, prepared.task, recipe)
+    model = _with_adapter(base, directory.adapter, dequantise)
     count = min(EXAMPLES, len(prepared.data.evaluation))
     examples = prepared.task.tokenize(prepared.data.evaluation.select(range(count)), tokenizer)
     taken = set(inspect.signature(base.forward).parameters)
@@ -108,7 +112,7 @@ def _open_run(path: Path) -> Opened:
     )
 
 
-def _open_adapter(path: Path, base_model: str | None, texts: Path | None) -> Opened:
+def _open_adapter(path: Path, base_model: str | None, texts: Path | None, dequantise: bool) -> Opened:
     file = read_adapter(path)
     lines = None if texts is None else _lines(texts)
     named = base_model or file.config.get("base_model_name_or_path")
@@ -123,7 +127,6 @@ def _open_adapter(path: Path, base_model: str | None, texts: Path | None) -> Ope
         config = AutoConfig.from_pretrained(source.path, revision=revision or "main", **_labels(file))
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{path}: its base model {named!r} cannot be read: {error}") from error
-    _refuse_quantised(config)
     model_class = _model_class(file, config)
     transformers.set_seed(0)
     try:
@@ -136,8 +139,14 @@ def _open_adapter(path: Path, base_model: str | None, texts: Path | None) -> Ope
     batch, inputs = _texts(tokenizer, config, lines) if tokenizer is not None else _random_tokens(config)
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = batch["input_ids"]
-    model = cast(peft.PeftModel, restored(base, path)).eval()
+    model = _with_adapter(base, path, dequantise)
     return Opened(model, source.path, revision, 0, tokenizer, batch, inputs)
+
+
+def _with_adapter(base: PreTrainedModel, adapter: Path, dequantise: bool) -> peft.PeftModel:
+    """The base model with a saved adapter on it, in evaluation mode."""
+    keep_layout(base)
+    return cast(peft.PeftModel, restored(dequantised(base) if dequantise else base, adapter)).eval()
 
 
 def _lines(file: Path) -> list[str]:
@@ -212,10 +221,3 @@ def _random_tokens(config: PretrainedConfig) -> tuple[dict[str, Tensor], str]:
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-
-
-def _refuse_quantised(config: PretrainedConfig) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(
-            f"the base model {config.name_or_path!r} is quantised: name an unquantised copy of it as the base model."
-        )

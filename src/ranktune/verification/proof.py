@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ranktune.errors import ExportError
 from ranktune.verification import in_stock_peft
@@ -102,11 +103,13 @@ def _outputs_elsewhere(opened: Opened, job: dict[str, Any]) -> Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base = cast(PreTrainedModel, opened.model.get_base_model())
-        base.config.save_pretrained(folder / "config")
+        config, quantization = _apart(base.config, opened)
+        config.save_pretrained(folder / "config")
         save_file({name: tensor.contiguous() for name, tensor in opened.batch.items()}, folder / "inputs.safetensors")
         job = {
             "class": type(base).__name__,
             "config": str(folder / "config"),
+            "quantization": quantization,
             "seed": opened.seed,
             "inputs": str(folder / "inputs.safetensors"),
             "outputs": str(folder / "outputs.safetensors"),
@@ -115,6 +118,17 @@ def _outputs_elsewhere(opened: Opened, job: dict[str, Any]) -> Tensor:
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         run_elsewhere(folder / "job.json")
         return load_file(folder / "outputs.safetensors")["outputs"]
+
+
+def _apart(config: PretrainedConfig, opened: Opened) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """A model's configuration, and how it is quantised while it is loaded, where its weights are not stored so."""
+    stored = AutoConfig.from_pretrained(opened.path, revision=opened.revision or "main")
+    if not hasattr(config, "quantization_config") or hasattr(stored, "quantization_config"):
+        return config, None
+    config = copy.deepcopy(config)
+    quantization = config.quantization_config.to_dict()
+    del config.quantization_config
+    return config, quantization
 
 
 def run_elsewhere(job_file: Path) -> None:
