@@ -208,26 +208,6 @@ def test_values_that_a_dtype_cannot_hold(gpt2, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("here")
-def test_a_quantised_base_is_refused(gpt2, tmp_path):
-    """By its configuration, before a weight is loaded."""
-    config = json.loads((gpt2 / "base" / "config.json").read_text())
-    quantised = tmp_path / "quantised"
-    quantised.mkdir()
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (quantised / "config.json").write_text(json.dumps(config))
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (adapter / name).write_bytes((gpt2 / "adapter" / name).read_bytes())
-    fields = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": str(quantised)}))
-    for refused in (merge_trained, export_trained):
-        with pytest.raises(ConfigError, match="is quantised"):
-            refused(adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -21,7 +21,7 @@ LAYERS, WIDTH = 2, 16
 LINEAR_MODULES = 6 * LAYERS + 1
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, width: int = WIDTH) -> Path:
     """A random two-layer BERT with a word-level tokenizer, as `from_pretrained` wants it."""
     words = ["[PAD]", "[UNK]", *COLOURS, *ANIMALS, *FILLER]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
@@ -31,10 +31,10 @@ def write_model(folder: Path) -> Path:
     ).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(words),
-        hidden_size=WIDTH,
+        hidden_size=width,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
-        intermediate_size=2 * WIDTH,
+        intermediate_size=2 * width,
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

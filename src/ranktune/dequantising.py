@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from ranktune.quantised_weight import quantisation_options, quantised_weight
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether the model was loaded quantised."""
-    return getattr(getattr(model, "config", None), "quantization_config", None) is not None
+def quantisation(model: nn.Module) -> dict[str, Any] | None:
+    """How a transformers model is quantised, as its configuration writes it down; None where it is not."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return None if config is None else config.to_dict()
 
 
 def dequantised(model: PreTrainedModel) -> PreTrainedModel:
@@ -24,14 +25,22 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ConfigError: its library cannot dequantise.
     """
-    if not is_quantised(model):
+    if quantisation(model) is None:
         return model
     for name, module in list(model.named_modules()):
         backend = resolve_quantization_backend(module, **quantisation_options(model))
         if backend is not None:
             weight = quantised_weight(module, backend).dense().float()
             model.set_submodule(name, _ordinary(module, weight).train(module.training))
-    cast(Any, model).hf_quantizer.remove_quantization_config(model)
+    loaded = cast(Any, model)
+    loaded.hf_quantizer.remove_quantization_config(model)
+    # Saving undoes what loading did to the weights; making them quantised is done with.
+    if conversions := getattr(loaded, "_weight_conversions", None):
+        loaded._weight_conversions = [
+            each
+            for each in conversions
+            if not any(hasattr(step, "hf_quantizer") for step in getattr(each, "operations", []))
+        ]
     return model
 
 

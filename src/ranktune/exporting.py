@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from ranktune.adapters import updates
 from ranktune.approximation import activate_approximation, check_approximation
+from ranktune.dequantising import quantisation
 from ranktune.errors import ExportError
 from ranktune.export import Exported, export_lora, refuse_occupied
 from ranktune.plain_lora import Profile
@@ -17,7 +19,7 @@ from ranktune.rank_setting import at_rank
 from ranktune.run.atomic import write_folder
 from ranktune.run.session import libraries_quiet
 from ranktune.static_mixture import MeanGate
-from ranktune.verification.opening import open_trained
+from ranktune.verification.opening import Opened, open_trained
 from ranktune.verification.proof import Agreement, adapter_agreement
 
 
@@ -62,7 +64,7 @@ def export_trained(
     """
     refuse_occupied(out)
     check_approximation(approximate)
-    opened = open_trained(path)
+    opened = _opened(path, svd_rank)
     results: list[ExportedRun] = []
 
     def fill(folder: Path) -> None:
@@ -82,3 +84,18 @@ def export_trained(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_folder(out, fill)
     return results[0]
+
+
+def _opened(path: Path, svd_rank: int | None) -> Opened:
+    """What was trained, on a base model that stock PEFT can use it with.
+
+    On a CPU its DoRA quantises bitsandbytes' 8-bit weights a second time when it reads them (peft 0.21): the adapter is
+    then checked on the weights that they stand for.
+    """
+    decomposed = any(update.decomposed for _, update in updates(opened.model))
+    how = quantisation(opened.model.get_base_model()) or {}
+    if svd_rank is not None or not decomposed or not how.get("load_in_8bit") or opened.model.device.type != "cpu":
+        return opened
+    opened = open_trained(path, dequantise=True)
+    note = "on the dequantised base model, because stock PEFT's DoRA spoils 8-bit weights on a CPU"
+    return replace(opened, inputs=f"{opened.inputs} ({note})")

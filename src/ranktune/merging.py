@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from ranktune.approximation import activate_approximation, check_approximation
-from ranktune.dequantising import is_quantised
+from ranktune.dequantising import quantisation
 from ranktune.errors import ConfigError, ExportError, did_you_mean
 from ranktune.export import refuse_occupied
 from ranktune.run.atomic import write_folder
@@ -69,7 +69,7 @@ def merge_trained(
     refuse_occupied(out)
     check_approximation(approximate)
     opened = open_trained(path, dequantise=dequantize)
-    if is_quantised(opened.model.get_base_model()):
+    if quantisation(opened.model.get_base_model()) is not None:
         raise ConfigError(
             f"the base model of {path} is quantised: merging into its few bits would round the update away. Merge "
             "into the weights they stand for, with --dequantize, for an ordinary model of full size; or keep the "

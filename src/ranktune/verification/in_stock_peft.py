@@ -1,7 +1,8 @@
 """Run as a script, with the path of a job: load a model with stock libraries only, and write down its outputs.
 
-A job (JSON) names the model's class in transformers, where its weights are, how to quantise them if at all, the adapter
-to put on it if any, the inputs (safetensors) and where the outputs go. Nothing here may import ranktune.
+A job (JSON) names the model's class in transformers, where its weights are, how to quantise them (and whether to take
+that back, rounded as they then are), the adapter to put on it if any, the inputs (safetensors) and where the outputs
+go. Nothing here may import ranktune.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def do(job: dict[str, Any]) -> None:
         revision=job["revision"] or "main",
         quantization_config=how and transformers.quantizers.AutoQuantizationConfig.from_dict(how),
     )
+    if job["dequantize"]:
+        model = model.dequantize(torch.float32)
     for module in model.modules():
         # On some CPUs bitsandbytes would rearrange 4-bit weights when evaluated, so that a DoRA could not read them.
         if hasattr(module, "support_avx512bf16_for_cpu"):

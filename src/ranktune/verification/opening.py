@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ranktune.adapter_file import CONFIG_FILE, AdapterFile, read_adapter
-from ranktune.dequantising import dequantised
+from ranktune.dequantising import dequantised, quantisation
 from ranktune.errors import AdapterFileError, ConfigError, DataError, RecipeError
 from ranktune.quantised_weight import keep_layout
 from ranktune.recipe import load_recipe
@@ -52,6 +52,7 @@ class Opened:
         path, revision: where the base model came from. seed: what was seeded before it was loaded.
         tokenizer: the base model's, where it has one.
         batch: inputs for a forward pass. inputs: what they are, in words.
+        dequantised: how the base model was quantised that is now an ordinary one, as transformers writes it down.
     """
 
     model: peft.PeftModel
@@ -61,6 +62,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase | None
     batch: dict[str, Tensor]
     inputs: str
+    dequantised: dict[str, Any] | None = None
 
 
 def open_trained(path: Path, base: str | None = None, texts: Path | None = None, *, dequantise: bool = False) -> Opened:
@@ -95,6 +97,7 @@ def _open_run(path: Path, dequantise: bool) -> Opened:
         prepared = prepare(recipe.model_copy(update={"output": scratch}), directory.recipe)
     tokenizer = prepared.task.load_tokenizer(prepared.source.path, prepared.source.revision)
     base = pretrained(prepared.source, prepared.task, recipe)
+    how = quantisation(base)
     model = _with_adapter(base, directory.adapter, dequantise)
     count = min(EXAMPLES, len(prepared.data.evaluation))
     examples = prepared.task.tokenize(prepared.data.evaluation.select(range(count)), tokenizer)
@@ -109,6 +112,7 @@ def _open_run(path: Path, dequantise: bool) -> Opened:
         tokenizer=tokenizer,
         batch=_tensors(prepared.task.collator(tokenizer, base)(rows)),
         inputs=f"{len(rows)} examples of the evaluation split",
+        dequantised=how if dequantise else None,
     )
 
 
@@ -139,8 +143,9 @@ def _open_adapter(path: Path, base_model: str | None, texts: Path | None, dequan
     batch, inputs = _texts(tokenizer, config, lines) if tokenizer is not None else _random_tokens(config)
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = batch["input_ids"]
+    how = quantisation(base)
     model = _with_adapter(base, path, dequantise)
-    return Opened(model, source.path, revision, 0, tokenizer, batch, inputs)
+    return Opened(model, source.path, revision, 0, tokenizer, batch, inputs, how if dequantise else None)
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Path, dequantise: bool) -> peft.PeftModel:

@@ -80,7 +80,7 @@ def model_agreement(opened: Opened, expected: Tensor, effect: float, folder: Pat
     Raises:
         ExportError: the folder does not load there.
     """
-    job = {"weights": str(folder), "revision": None, "adapter": None}
+    job = {"weights": str(folder), "revision": None, "adapter": None, "quantization": None, "dequantize": False}
     return _agreement(_outputs_elsewhere(opened, job), expected, effect, opened.inputs)
 
 
@@ -110,6 +110,7 @@ def _outputs_elsewhere(opened: Opened, job: dict[str, Any]) -> Tensor:
             "class": type(base).__name__,
             "config": str(folder / "config"),
             "quantization": quantization,
+            "dequantize": opened.dequantised is not None,
             "seed": opened.seed,
             "inputs": str(folder / "inputs.safetensors"),
             "outputs": str(folder / "outputs.safetensors"),
@@ -124,7 +125,7 @@ def _apart(config: PretrainedConfig, opened: Opened) -> tuple[PretrainedConfig, 
     """A model's configuration, and how it is quantised while it is loaded, where its weights are not stored so."""
     stored = AutoConfig.from_pretrained(opened.path, revision=opened.revision or "main")
     if not hasattr(config, "quantization_config") or hasattr(stored, "quantization_config"):
-        return config, None
+        return config, opened.dequantised
     config = copy.deepcopy(config)
     quantization = config.quantization_config.to_dict()
     del config.quantization_config
