@@ -197,7 +197,7 @@ def test_a_merge_that_computes_something_else_is_not_kept(gpt2, tmp_path, monkey
 
 @pytest.mark.usefixtures("here")
 def test_values_that_a_dtype_cannot_hold(gpt2, tmp_path, monkeypatch):
-    def huge(path):
+    def huge(path, **_):
         opened = opening.open_trained(path)
         opened.model.get_base_model().transformer.ln_f.bias.data[0] = 1e6
         return opened

@@ -16,6 +16,7 @@ import peft
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 
 def do(job: dict[str, Any]) -> None:
@@ -27,7 +28,7 @@ def do(job: dict[str, Any]) -> None:
         config=transformers.AutoConfig.from_pretrained(job["config"]),
         dtype=torch.float32,
         revision=job["revision"] or "main",
-        quantization_config=how and transformers.quantizers.AutoQuantizationConfig.from_dict(how),
+        quantization_config=how and AutoQuantizationConfig.from_dict(how),
     )
     if job["dequantize"]:
         model = model.dequantize(torch.float32)

@@ -127,9 +127,7 @@ def _apart(config: PretrainedConfig, opened: Opened) -> tuple[PretrainedConfig, 
     if not hasattr(config, "quantization_config") or hasattr(stored, "quantization_config"):
         return config, opened.dequantised
     config = copy.deepcopy(config)
-    quantization = config.quantization_config.to_dict()
-    del config.quantization_config
-    return config, quantization
+    return config, vars(config).pop("quantization_config").to_dict()
 
 
 def run_elsewhere(job_file: Path) -> None:
