@@ -92,6 +92,7 @@ def _opened(path: Path, svd_rank: int | None) -> Opened:
     On a CPU its DoRA quantises bitsandbytes' 8-bit weights a second time when it reads them (peft 0.21): the adapter is
     then checked on the weights that they stand for.
     """
+    opened = open_trained(path)
     decomposed = any(update.decomposed for _, update in updates(opened.model))
     how = quantisation(opened.model.get_base_model()) or {}
     if svd_rank is not None or not decomposed or not how.get("load_in_8bit") or opened.model.device.type != "cpu":
