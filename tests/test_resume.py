@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from ranktune.cli import app
-from ranktune.run.checkpoints import find_checkpoint
+from ranktune.run.checkpoints import Checkpoint, find_checkpoint
 from ranktune.run.directory import RunDirectory
+from ranktune.run.manifest import altered, write_manifest
 from tests.tiny import LINEAR_MODULES, write_everything
 
 METHOD = "method={name: dynamic-dora, r: 2, prune_interval: 2, lora_dropout: 0.1}"
@@ -125,16 +128,117 @@ def test_a_torn_checkpoint_is_passed_over(stopped: Path, harm: Any, words: str) 
     folder = stopped / "checkpoints"
     (folder / "checkpoint-x").mkdir()
     (folder / "notes").write_text("mine")
-    assert find_checkpoint(folder).newest.step == 8
+    assert newest(folder).step == 8
     harm(folder / "checkpoint-8")
     found = find_checkpoint(folder)
-    assert found.newest.step == 6
-    assert list(found.torn) == [folder / "checkpoint-8"]
+    assert (newest(folder).step, list(found.torn)) == (6, [folder / "checkpoint-8"])
+    assert words.split(" ")[0].replace("*", "") in found.torn[folder / "checkpoint-8"]
+    # An earlier version's, which only their structure tells of.
+    for path in folder.glob("*/manifest.json"):
+        path.unlink()
+    found = find_checkpoint(folder)
+    assert (newest(folder).step, list(found.torn)) == (6, [folder / "checkpoint-8"])
     assert words in found.torn[folder / "checkpoint-8"]
     found.remove_torn()
     assert not (folder / "checkpoint-8").exists()
     assert find_checkpoint(folder).torn == {}
     assert find_checkpoint(stopped / "nowhere").newest is None
+
+
+def newest(folder: Path) -> Checkpoint:
+    found = find_checkpoint(folder).newest
+    assert found is not None
+    return found
+
+
+def flip(path: Path) -> None:
+    """Two bytes in the middle of a file become others; its length and structure stay."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2] = bytes(byte ^ 255 for byte in content[middle : middle + 2])
+    path.write_bytes(content)
+
+
+CHECKPOINT_FILES = (
+    "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_flipped_bytes_are_noticed(stopped: Path, name: str) -> None:
+    checkpoint = stopped / "checkpoints" / "checkpoint-8"
+    assert newest(checkpoint.parent).verified
+    flip(checkpoint / name)
+    found = find_checkpoint(checkpoint.parent)
+    assert newest(checkpoint.parent).step == 6
+    assert found.torn == {checkpoint: f"{name} was altered"}
+
+
+def test_an_altered_checkpoint_is_passed_over_in_favour_of_an_older_one(stopped: Path, finished: Path) -> None:
+    flip(stopped / "checkpoints" / "checkpoint-8" / "adapter_model.safetensors")
+    result = run("train", "--resume", stopped)
+    assert result.exit_code == 0, result.output
+    assert "checkpoint-8 is not whole: adapter_model.safetensors was altered" in result.stdout
+    assert "going on from checkpoint-6: 6 of 12 steps are done" in result.stdout
+    assert tensors(stopped) == tensors(finished / "out")
+    assert metrics_of(stopped)["scores"] == metrics_of(finished / "out")["scores"]
+
+
+def test_the_manifest_lists_every_file_and_what_is_wrong_with_it(stopped: Path) -> None:
+    checkpoint = stopped / "checkpoints" / "checkpoint-8"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    listed = manifest["files"]
+    assert set(listed) == {*CHECKPOINT_FILES, "adapter_config.json", "trainer_state.json"} | {
+        path.name for path in checkpoint.iterdir() if path.name.startswith(("tokenizer", "special", "vocab"))
+    }
+    for name, entry in listed.items():
+        content = (checkpoint / name).read_bytes()
+        assert entry == {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=32).hexdigest()}
+    (checkpoint / "README.md").write_text("my notes")
+    (checkpoint / "notes.txt").write_text("mine")
+    assert altered(checkpoint) is None
+    with (checkpoint / "training_args.bin").open("ab") as file:
+        file.write(b"more")
+    assert altered(checkpoint) == "training_args.bin was altered"
+    size = listed["training_args.bin"]["bytes"]
+    os.truncate(checkpoint / "training_args.bin", size - 3)
+    assert altered(checkpoint) == f"training_args.bin is cut short: it has {size - 3:,} of {size:,} bytes"
+    (checkpoint / "training_args.bin").unlink()
+    assert altered(checkpoint) == "training_args.bin is missing"
+    for text in ("{", "[]", '{"files": {"optimizer.pt": 3}}'):
+        (checkpoint / "manifest.json").write_text(text)
+        assert altered(checkpoint) == "manifest.json was altered"
+
+
+def test_the_manifest_is_written_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where older checkpoints are rotated away: what it lists is there and complete."""
+    seen = []
+
+    def after_everything(checkpoint: Path) -> None:
+        seen.append({path.name for path in checkpoint.iterdir()})
+        write_manifest(checkpoint)
+        assert altered(checkpoint) is None
+
+    monkeypatch.setattr("ranktune.run.saving.write_manifest", after_everything)
+    result = run("train", write_everything(tmp_path), "train.save_every=3", "train.save_total_limit=1", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert len(seen) == 2
+    assert all({"trainer_state.json", *CHECKPOINT_FILES} <= names for names in seen)
+
+
+def test_checkpoints_of_an_earlier_version_are_taken_and_unfinished_ones_are_not(stopped: Path, finished: Path) -> None:
+    folder = stopped / "checkpoints"
+    (folder / "checkpoint-8" / "manifest.json").unlink()
+    found = find_checkpoint(folder)
+    assert (newest(folder).step, found.torn) == (6, {folder / "checkpoint-8": "manifest.json is missing"})
+    for step in (2, 4, 6):
+        (folder / f"checkpoint-{step}" / "manifest.json").unlink()
+    assert newest(folder).step == 8
+    assert not newest(folder).verified
+    result = run("train", "--resume", stopped)
+    assert result.exit_code == 0, result.output
+    assert "checkpoint-8 has no manifest.json, as those of earlier versions: its files are complete" in result.stdout
+    assert tensors(stopped) == tensors(finished / "out")
 
 
 def test_with_every_checkpoint_torn_the_run_starts_anew(stopped: Path, finished: Path) -> None:
@@ -215,27 +319,95 @@ def test_what_would_be_another_run_is_refused_and_nothing_is_lost(
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
 
 
+def edit_recipe(out: Path, section: str, **changes: Any) -> None:
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe[section] |= changes
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("train", {"learning_rate": 0.1}, ["'train.learning_rate' was 0.02, now 0.1", "another run", "output="]),
+        ("train", {"seed": 1}, ["'train.seed' was 0, now 1"]),
+        ("method", {"dem_weight": 0.5}, ["'method.dem_weight' was 0.1, now 0.5"]),
+        ("train", {"epochs": 3.0}, ["'train.epochs' was 2.0, now 3.0", "--replan"]),
+        ("data", {"max_length": 8}, ["'data.max_length' was 16, now 8"]),
+    ],
+)
+def test_an_edited_recipe_is_refused_like_an_override(
+    stopped: Path, finished: Path, tmp_path: Path, section: str, changes: dict[str, Any], words: list[str]
+) -> None:
+    complete = shutil.copytree(finished / "out", tmp_path / "complete")
+    for out in (stopped, complete):
+        edit_recipe(out, section, **changes)
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        message = refused("train", "--resume", out)
+        for word in words:
+            assert word in message
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_edits_that_do_not_change_the_run_are_taken(stopped: Path, finished: Path) -> None:
+    """More logging, other names of the same values, and keys of another version."""
+    edit_recipe(stopped, "train", logging_steps=1, epochs=2)
+    edit_record(stopped, lambda record: record["recipe"]["train"].pop("num_workers"))
+    edit_record(stopped, lambda record: record["recipe"]["method"].update(once_there_was="a field"))
+    result = run("train", "--resume", stopped, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert tensors(stopped) == tensors(finished / "out")
+
+
+def test_an_edit_before_the_first_checkpoint_is_a_new_beginning(stopped: Path) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    edit_recipe(stopped, "train", learning_rate=0.1)
+    assert run("train", "--resume", stopped, "--quiet").exit_code == 0
+    steps = [event for event in RunDirectory(stopped).read_events() if event["event"] == "step"]
+    assert max(event["learning_rate"] for event in steps) == pytest.approx(0.1, rel=0.2)
+
+
+def test_a_base_model_and_data_that_were_moved_are_found_at_their_new_places(stopped: Path, finished: Path) -> None:
+    for name in ("model", "data"):
+        shutil.copytree(finished / name, stopped.with_name(name))
+    recipe = yaml.safe_load((stopped / "recipe.yaml").read_text())
+    recipe["model"] = str(stopped.with_name("model"))
+    recipe["data"]["source"] = str(stopped.with_name("data"))
+    (stopped / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    message = refused("train", "--resume", stopped)
+    assert "'model' was" in message  # the old one is still there, so this is another one
+    assert "'data.source'" not in message.split("would make")[0]
+    gone = str(stopped.with_name("old-place"))
+    edit_record(stopped, lambda record: record["recipe"].update(model=gone))
+    result = run("train", "--resume", stopped, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert tensors(stopped) == tensors(finished / "out")
+
+
 def test_evaluations_of_a_run_that_stops_early_may_not_change(stopped: Path) -> None:
     recipe = yaml.safe_load((stopped / "recipe.yaml").read_text())
-    recipe["train"] |= {"early_stopping_patience": 1, "eval_every": 2, "save_every": 2}
+    change = {"early_stopping_patience": 1, "eval_every": 2, "save_every": 2}
+    recipe["train"] |= change
     (stopped / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    edit_record(stopped, lambda record: record["recipe"]["train"].update(change))
     message = refused("train", "--resume", stopped, "train.eval_every=4", "train.save_every=4")
     assert "'train.eval_every' was 2, now 4" in message
 
 
-def edit_record(out: Path, change: dict[str, Any]) -> None:
-    path = out / "checkpoints" / "checkpoint-8" / "trainer_state.json"
+def edit_record(out: Path, change: Callable[[dict[str, Any]], Any], step: int = 8) -> None:
+    """As if the checkpoint had been written with another record of the run."""
+    path = out / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json"
     state = json.loads(path.read_text())
-    state["stateful_callbacks"]["EventCallback"]["attributes"]["shape"] |= change
+    change(state["stateful_callbacks"]["EventCallback"]["attributes"])
     path.write_text(json.dumps(state))
+    write_manifest(path.parent)
 
 
 def test_other_data_and_other_processes_are_noticed(stopped: Path) -> None:
-    edit_record(stopped, {"world_size": 2})
+    edit_record(stopped, lambda record: record["shape"].update(world_size=2))
     message = refused("train", "--resume", stopped)
     assert "checkpoint-8 belongs to another run: world size was 2, now 1" in message
     assert "--replan" in message
-    edit_record(stopped, {"world_size": 1})
+    edit_record(stopped, lambda record: record["shape"].update(world_size=1))
     recipe = yaml.safe_load((stopped / "recipe.yaml").read_text())
     data = shutil.copytree(recipe["data"]["source"], stopped.with_name("data"))
     recipe["data"]["source"] = str(data)

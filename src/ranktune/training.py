@@ -21,11 +21,12 @@ from ranktune.run.checkpoints import Found, find_checkpoint
 from ranktune.run.directory import RunDirectory
 from ranktune.run.display import Display, DisplayCallback
 from ranktune.run.events import EventCallback, EventLog, scores_only
+from ranktune.run.manifest import NAME as MANIFEST
 from ranktune.run.memory import PeakMemory
 from ranktune.run.model import adapted, pretrained
 from ranktune.run.prepare import Examples, Prepared, prepare, prepare_examples
 from ranktune.run.result import save_result
-from ranktune.run.resume import check_changes, check_shape
+from ranktune.run.resume import check_changes, check_shape, plain
 from ranktune.run.saving import SavingCallback
 from ranktune.run.session import build_trainer, libraries_quiet
 from ranktune.run.targets import Plan
@@ -86,12 +87,14 @@ def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: 
     if recipe.output != before.output:
         raise RecipeError(f"--resume: 'output' is {output} itself; a copy of the run can be resumed where it lies.")
     recipe = recipe.model_copy(update={"output": str(output)})
-    check_changes(before, recipe, replan)
+    check_changes(plain(before), recipe, replan)
+    found = find_checkpoint(directory.checkpoints)
+    if found.newest is not None and (trained := found.newest.record_of("EventCallback").get("recipe")):
+        check_changes(trained, recipe, replan)
     if directory.metrics.exists() and not replan:
         metrics = directory.read_metrics()
         display.say(f"the run in {output} is finished after {metrics['steps']:,} steps: there is nothing to resume.")
         return metrics
-    found = find_checkpoint(directory.checkpoints)
     for path, fault in found.torn.items():
         display.say(f"{path.name} is not whole: {fault}")
     with libraries_quiet():
@@ -102,6 +105,11 @@ def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: 
             display.say("there is no whole checkpoint: the run starts anew, from step 0")
         else:
             check_shape(found.newest, prepared, examples, replan)
+            if not found.newest.verified:
+                display.say(
+                    f"{found.newest.path.name} has no {MANIFEST}, as those of earlier versions: its files are "
+                    "complete, but whether they were altered cannot be told"
+                )
             done, total = found.newest.step, examples.steps.total
             display.say(f"going on from {found.newest.path.name}: {done:,} of {total:,} steps are done")
         return _run(prepared, examples, directory, display, found, replan=replan)
@@ -161,7 +169,7 @@ def _run(
         kept = {} if resumed is None else resumed.record_of("EventCallback")
         with EventLog(directory.log, kept.get("log_bytes")) as log:
             ranks = config.callback() if isinstance(config, Baseline) else RankCallback(replan=replan)
-            events = EventCallback(log, ranks, prepared.data.fingerprint, kept)
+            events = EventCallback(log, ranks, prepared.data.fingerprint, plain(prepared.recipe), kept)
             shown = DisplayCallback(display, task.metric)
             trainer = _trainer(prepared, examples, model, ranks, [events, shown, *further])
             if resumed is None:

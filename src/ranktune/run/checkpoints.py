@@ -1,7 +1,8 @@
 """The Trainer's checkpoints in a run's directory: which of them are whole, and the newest one to go on from.
 
 Trainer writes a checkpoint in place, file by file, `trainer_state.json` last, and removes old ones file by file: a run
-that was killed can leave both torn. None of these files is unpickled here.
+that was killed can leave both torn. A manifest, written after everything else, tells which bytes changed since then.
+None of these files is unpickled here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ranktune.run.manifest import NAME as MANIFEST
+from ranktune.run.manifest import altered, has_manifest
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.json"
 # Written with an adapter, or with a model that is trained as a whole.
@@ -27,11 +31,16 @@ _RANDOM_STATE = "rng_state*.pth"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, the optimizer steps behind it, and the content of its `trainer_state.json`."""
+    """A whole checkpoint: its folder, the optimizer steps behind it, and the content of its `trainer_state.json`.
+
+    `verified`: its files have the sizes and hashes with which they were written. Without a manifest (from an earlier
+    version) they are only known to be complete.
+    """
 
     path: Path
     step: int
     state: dict[str, Any]
+    verified: bool
 
     def record_of(self, callback: str) -> dict[str, Any]:
         """What the run's callback of that class has left in it."""
@@ -52,13 +61,22 @@ class Found:
 
 
 def find_checkpoint(folder: Path) -> Found:
-    """Look for the newest whole checkpoint in a folder, which need not exist."""
+    """Look for the newest whole checkpoint in a folder, which need not exist.
+
+    One without a manifest is taken where the older ones have none either: they are an earlier version's. Where an older
+    one has it, this one's writing did not come to its end.
+    """
     torn: dict[Path, str] = {}
-    for step, path in sorted(_numbered(folder), reverse=True):
-        if fault := _fault(path, step):
+    numbered = sorted(_numbered(folder), reverse=True)
+    for place, (step, path) in enumerate(numbered):
+        fault = altered(path) or _fault(path, step)
+        if not fault and not has_manifest(path) and any(has_manifest(older) for _, older in numbered[place + 1 :]):
+            fault = f"{MANIFEST} is missing"
+        if fault:
             torn[path] = fault
         else:
-            return Found(Checkpoint(path, step, json.loads((path / _STATE).read_text(encoding="utf-8"))), torn)
+            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            return Found(Checkpoint(path, step, state, has_manifest(path)), torn)
     return Found(None, torn)
 
 

@@ -55,6 +55,8 @@ class EventCallback(TrainerCallback, ExportableState):
         log: where to.
         ranks: the trainer's `RankCallback`.
         fingerprint: of the data.
+        recipe: the run's, resolved. Checkpoints keep it, for it says what they were trained with, whatever becomes of
+            `recipe.yaml`.
         resumed: the ``attributes`` that this callback left in the checkpoint that training goes on from; else empty.
 
     Attributes:
@@ -62,10 +64,13 @@ class EventCallback(TrainerCallback, ExportableState):
         latest_scores, latest_scores_step: the latest ones, and after how many steps.
     """
 
-    def __init__(self, log: EventLog, ranks: RankCallback, fingerprint: str, resumed: dict[str, Any]) -> None:
+    def __init__(
+        self, log: EventLog, ranks: RankCallback, fingerprint: str, recipe: dict[str, Any], resumed: dict[str, Any]
+    ) -> None:
         self.log = log
         self.ranks = ranks
         self.fingerprint = fingerprint
+        self.recipe = recipe
         self.before: dict[str, float] = resumed.get("before", {})
         self.latest_scores: dict[str, float] = resumed.get("latest_scores", {})
         self.latest_scores_step: int = resumed.get("latest_scores_step", -1)
@@ -86,6 +91,7 @@ class EventCallback(TrainerCallback, ExportableState):
             "latest_scores_step": self.latest_scores_step,
             "seconds": self.seconds(),
             "fingerprint": self.fingerprint,
+            "recipe": self.recipe,
             "log_bytes": self.log.settle(),
             "shape": self._shape,
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ranktune.baselines import Baseline
@@ -41,14 +43,27 @@ _REPLANNED = {
 }
 
 
-def check_changes(before: Recipe, now: Recipe, replan: bool) -> None:
-    """Refuse overrides that would make another run of it.
+def check_changes(before: dict[str, Any], now: Recipe, replan: bool) -> None:
+    """Refuse what would make another run of it, whether it was set on the command line or edited in `recipe.yaml`.
+
+    A base model that lies elsewhere now, because its old place is gone, is taken for the same one; data in another
+    folder is recognised by its fingerprint (`check_shape`).
+
+    Args:
+        before: the resolved recipe that the checkpoint was trained with.
+        now: the recipe to go on with.
+        replan: the length of the run and its data may change.
 
     Raises:
         RecipeError: naming the keys, and what could be done instead.
     """
-    free = _FREE if before.train.early_stopping_patience is None else _FREE - _FREE_UNLESS_STOPPING_EARLY
+    stops_early = before["train"].get("early_stopping_patience") is not None
+    free = _FREE - _FREE_UNLESS_STOPPING_EARLY if stops_early else _FREE
     changed = {key: words for key, words in _differences(before, now).items() if key not in free}
+    if _moved(before["model"], now.model):
+        changed.pop("model", None)
+    if all(Path(source).is_absolute() for source in (before["data"]["source"], now.data.source)):
+        changed.pop("data.source", None)
     barred = {key: words for key, words in changed.items() if key not in _REPLANNED}
     if barred:
         raise RecipeError(
@@ -97,11 +112,23 @@ _WHY_REPLAN = (
 )
 
 
-def _differences(before: Recipe, now: Recipe) -> dict[str, str]:
-    """Dotted keys that differ, and how; the output directory is where the run is."""
-    old, new = _flat(before.resolved()), _flat(now.resolved())
-    keys = [key for key in {**old, **new} if key != "output" and old.get(key) != new.get(key)]
-    return {key: f"'{key}' was {old.get(key)!r}, now {new.get(key)!r}" for key in keys}
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as it comes back from a checkpoint's JSON: what differs after that differs in value."""
+    return json.loads(json.dumps(recipe.resolved()))
+
+
+def _moved(before: str, now: str) -> bool:
+    return Path(before).is_absolute() and not Path(before).exists() and Path(now).is_dir()
+
+
+def _differences(before: dict[str, Any], now: Recipe) -> dict[str, str]:
+    """Dotted keys that differ, and how; the output directory is where the run is.
+
+    A key that only one of the two has is of another version of ranktune or PEFT.
+    """
+    old, new = _flat(before), _flat(plain(now))
+    keys = [key for key in old.keys() & new.keys() if key != "output" and old[key] != new[key]]
+    return {key: f"'{key}' was {old[key]!r}, now {new[key]!r}" for key in sorted(keys, key=list(new).index)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

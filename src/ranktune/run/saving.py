@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+
+from ranktune.run.manifest import write_manifest
 
 
 class SavingCallback(TrainerCallback):
     """Has everything up to a checkpoint logged and scored before it is written.
 
     A logged loss is the mean since the last log, which Trainer forgets at a checkpoint; and the scores at the end of an
-    epoch are not made up for by a run that resumes from its last step.
+    epoch are not made up for by a run that resumes from its last step. What was written gets a manifest.
     """
 
     def __init__(self) -> None:
@@ -53,3 +57,16 @@ class SavingCallback(TrainerCallback):
         control.should_save = control.should_save or self._postponed
         control.should_log = control.should_log or control.should_save
         self._postponed = False
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        """List what Trainer has written, once every process has written its part."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            write_manifest(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
