@@ -126,6 +126,47 @@ def test_a_step_trains_what_its_rank_has_more_than_the_next_lower_one(fields, ex
         assert trained == list(range(8))
 
 
+def test_a_run_that_is_short_for_frozen_components_is_told():
+    """From the rarest rank's share of the steps; with update 'all' a step trains more than one component."""
+    assert DyLoraConfig(r=8).advice(4000) is None
+    assert "in about 69 of the 550 steps" in (DyLoraConfig(r=8).advice(550) or "")
+    assert "about 500 of" in (DyLoraConfig(r=2, rank_distribution=[3, 1]).advice(1999) or "")
+    assert DyLoraConfig(r=2, rank_distribution=[3, 1]).advice(2000) is None
+    assert "about 250 of the 1,000 steps" in (DyLoraConfig(r=8, ranks=[1, 2, 4, 8]).advice(1000) or "")
+    assert DyLoraConfig(r=8, update="all").advice(10) is None
+    assert RankConfig().advice(1) is None
+
+
+@pytest.mark.parametrize("fields", [{"block_size": 2}, {"ranks": [2, 4]}, {"block_size": 2, "update": "all"}], ids=str)
+def test_a_step_in_blocks(fields):
+    """The scale is alpha / b with b the number of components; only the last block has gradients, and W has none."""
+    model = build(**fields).train()
+    base = build_base("Linear")
+    optimizer = optimizer_of(model)
+    controller = RankController(model, optimizer, STEPS)
+    lora = build(config_class=RankConfig)
+    counts = [sum(p.numel() for g in optimizer_of(m).param_groups for p in g["params"]) for m in (model, lora)]
+    assert counts[0] == counts[1]
+    seen = set()
+    for number in range(6):
+        b = next(update.draw.span.end for _, update in updates(model))
+        seen.add(b)
+        expected = copy.deepcopy(base)
+        with torch.no_grad():
+            for name, update in updates(model):
+                getattr(expected, name).weight += 6 / b * update.lora_B[:, :b] @ update.lora_A[:b]
+        x = inputs(seed=number)
+        torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-4)
+        step(model, optimizer, number)
+        first = 0 if fields.get("update") == "all" else b - 2
+        for _, update in updates(model):
+            assert update.lora_A.grad.any(1).tolist() == [first <= k < b for k in range(4)]
+            assert update.lora_B.grad.any(0).tolist() == [first <= k < b for k in range(4)]
+    assert seen == {2, 4}
+    assert not [name for name, p in model.named_parameters() if "ranktune_" not in name and p.grad is not None]
+    controller.close()
+
+
 def test_a_module_of_a_lower_rank_trains_its_own_highest():
     policy = policy_of(ranks=[1, 2, 4, 8])
     assert [tuple(policy.span(b, 3)) for b in (1, 2, 4, 8)] == [(0, 1), (1, 2), (2, 3), (2, 3)]

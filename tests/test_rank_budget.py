@@ -319,7 +319,9 @@ def test_a_budget_on_the_command_line(trained, tmp_path, by):
 
 def test_the_table_tells_the_scores_of_what_it_names(trained, tmp_path):
     budget = json.loads((trained / "out" / "metrics.json").read_text())["active_params"] // 2 + 30
-    result = truncate(trained / "out", SilentDisplay(), budget=budget, split="train", out=tmp_path / "small")
+    result = truncate(
+        trained / "out", SilentDisplay(), budget=budget, by="energy", split="train", out=tmp_path / "small"
+    )
     spending = result.spending
     assert spending is not None
     with rebuilt(trained / "out", SilentDisplay(), "train") as scorer:
@@ -355,7 +357,7 @@ def test_what_computes_something_else_in_stock_peft_is_not_kept(trained, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--budget", 10), "a budget of 10 parameters is below the"),
+        (("--budget", 10, "--by", "energy"), "a budget of 10 parameters is below the"),
         (("--budget", 100000, "--rank", 2), "give one of --rank"),
         (("--budget", 3000, "--by", "loss", "--evaluations", 2), "evaluations=2 is too few"),
     ],

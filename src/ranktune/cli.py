@@ -431,9 +431,10 @@ def truncate(
     by: Annotated[
         BudgetBy,
         typer.Option(
-            help="With --budget: by the energy of what is cut off, or by exchanges that lower the loss on the split.",
+            help="With --budget: loss, by exchanges between modules that lower the loss on the split; energy, by what "
+            "is cut off, quick and without data.",
         ),
-    ] = BudgetBy.energy,
+    ] = BudgetBy.loss,
     evaluations: Annotated[int, typer.Option(help="With --by loss: how often it is measured, at most.")] = 500,
     examples: Annotated[int, typer.Option(min=1, help="With --by loss: on so many examples.")] = 256,
     split: Annotated[SplitName, typer.Option(help="Which examples to choose and to score on.")] = SplitName.evaluation,
@@ -464,7 +465,7 @@ def truncate(
 
         ranktune truncate runs/nested --within 1% --out adapters/small
 
-        ranktune truncate runs/nested --budget 50000 --by loss
+        ranktune truncate runs/nested --budget 50000 --evaluations 150
     """
     _share_the_cores()
     from ranktune.report.rank_curve import rank_curve_table, spending_table, truncated_lines

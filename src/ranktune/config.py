@@ -168,6 +168,10 @@ class RankConfig(PeftConfig):
         """Give a fresh update its starting values."""
         update.reset_parameters(identity=self.init_weights)
 
+    def advice(self, total_steps: int) -> str | None:  # noqa: ARG002
+        """What is worth knowing before a run of so many optimizer steps begins, in words, or None."""
+        return None
+
     def connect(self, updates: Mapping[str, LowRankUpdate]) -> None:
         """Let a model's updates know of one another, where they have something to share.
 

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 import ranktune
 from ranktune.baselines import Baseline, reading
+from ranktune.config import RankConfig
 from ranktune.controller import history_records
 from ranktune.errors import RecipeError
 from ranktune.foreign_start import load_start
@@ -60,7 +61,7 @@ def train(
     with libraries_quiet():
         prepared = prepare(recipe, file, begins=True)
         examples = prepare_examples(prepared)
-        _introduce(prepared, display)
+        _introduce(prepared, display, examples.steps.total)
         return _run(prepared, examples, directory, display, further=callbacks)
 
 
@@ -100,7 +101,7 @@ def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: 
     with libraries_quiet():
         prepared = prepare(recipe, directory.recipe, begins=found.newest is None)
         examples = prepare_examples(prepared)
-        _introduce(prepared, display)
+        _introduce(prepared, display, examples.steps.total)
         if found.newest is None:
             display.say("there is no whole checkpoint: the run starts anew, from step 0")
         else:
@@ -127,7 +128,7 @@ def rehearse(recipe: Recipe, file: str | Path) -> Plan:
         return prepared.plan
 
 
-def _introduce(prepared: Prepared, display: Display) -> None:
+def _introduce(prepared: Prepared, display: Display, total_steps: int) -> None:
     plan = prepared.plan
     display.say(prepared.data.description)
     display.say(
@@ -137,7 +138,9 @@ def _introduce(prepared: Prepared, display: Display) -> None:
     if (start := prepared.start) is not None:
         trained_on = f"trained on {start.base_model}" if start.base_model else "which names no base model"
         display.say(f"starting from {start.folder} ({start.saved.method}), {trained_on}")
-    for more in (plan.quantised, plan.left_out):
+    config = prepared.config
+    advice = config.advice(total_steps) if isinstance(config, RankConfig) else None
+    for more in (plan.quantised, plan.left_out, advice):
         if more:
             display.say(more)
 

@@ -73,7 +73,7 @@ def truncate(
     rank: int | None = None,
     within: str | None = None,
     budget: int | None = None,
-    by: By = "energy",
+    by: By = "loss",
     evaluations: int = 500,
     examples: int = 256,
     split: Split = "evaluation",
@@ -90,7 +90,7 @@ def truncate(
         rank: the rank.
         within: instead, how much of the best rank's score may be lost on the split, such as "1%".
         budget: instead, how many parameters the adapter may have, each module with a rank of its own.
-        by: with a budget, `ranktune.rank_budget.ranks_by_energy` or `ranks_by_loss`.
+        by: with a budget, `ranktune.rank_budget.ranks_by_loss` or `ranks_by_energy`.
         evaluations, examples: by loss, how often it is measured at most, and on how many of the split's examples.
         split: what scores and losses are of.
         out: the folder to make, which must not exist or be empty; ``OUT-rankB`` or ``OUT-budgetN`` by default.

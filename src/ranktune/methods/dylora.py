@@ -37,6 +37,8 @@ from ranktune.policy import Layout, NestedPolicy
 from ranktune.update import LowRankUpdate
 
 _DISTRIBUTIONS = ("uniform", "geometric")
+# The released runs train each component in thousands of steps.
+_FEW_STEPS = 500
 
 
 @register_method
@@ -145,6 +147,20 @@ class DyLoraConfig(RankConfig):
             return self.ranks
         return [b for b in range(self.min_r, self.r + 1) if b % self.block_size == 0]
 
+    def advice(self, total_steps: int) -> str | None:
+        """Whether a step trains so little of the adapter that the run is short for it."""
+        if self.update == "all":
+            return None
+        weights = rank_weights(self)
+        rarest = min(weights) / sum(weights) * total_steps
+        if rarest >= _FEW_STEPS:
+            return None
+        return (
+            f"dylora, update=frozen: some components are trained in about {rarest:,.0f} of the {total_steps:,} steps "
+            f"only. Unless that is enough, train for longer (train.epochs), train fewer ranks (method.ranks=[1, 2, 4, "
+            "8]), or set method.update=all, which trains every component below the rank that is drawn."
+        )
+
     def make_update(self, in_features: int, out_features: int, capacity: int) -> LowRankUpdate:
         """See `RankConfig.make_update`."""
         scale_power = 0.5 if self.use_rslora else 1.0
@@ -166,11 +182,7 @@ class DyLoraPolicy(NestedPolicy):
         self.strict = config.optimizer_semantics == "strict"
         self.frozen = config.update == "frozen"
         self.total = len(layout.modules) * config.r
-        if isinstance(config.rank_distribution, list):
-            weights = config.rank_distribution
-        else:
-            ratio = 1.0 - config.geometric_p if config.rank_distribution == "geometric" else 1.0
-            weights = [ratio**k for k in range(len(self.ranks))]
+        weights = rank_weights(config)
         self.probabilities = [weight / sum(weights) for weight in weights]
         self._cumulative = list(itertools.accumulate(self.probabilities))
 
@@ -188,6 +200,14 @@ class DyLoraPolicy(NestedPolicy):
 
     def budget(self, step: int) -> int:  # noqa: ARG002
         return self.total
+
+
+def rank_weights(config: DyLoraConfig) -> list[float]:
+    """How often each of the nested ranks is drawn, relative to the others."""
+    if isinstance(config.rank_distribution, list):
+        return config.rank_distribution
+    ratio = 1.0 - config.geometric_p if config.rank_distribution == "geometric" else 1.0
+    return [ratio**k for k in range(len(config.nested_ranks))]
 
 
 def _is_weight(value: object) -> bool:
