@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test test-kills check format bench bench-smoke results peft-suite clean
+.PHONY: help setup quickstart test test-kills check format bench bench-smoke results support peft-suite clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -52,6 +52,9 @@ bench-smoke: setup  ## a whole comparison in miniature, with its report, in unde
 
 results: setup  ## write docs/results.md from the figures in benchmarks/results
 	$(BIN)/python benchmarks/results_page.py
+
+support: setup  ## docs/support.md: which methods work on which layers, seen by running them
+	$(BIN)/python -m tests.support
 
 peft-suite: setup  ## PEFT's own tests, pointed at our configs
 	$(BIN)/python -m tests.peft_suite

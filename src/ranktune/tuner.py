@@ -182,7 +182,8 @@ class RankLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             raise ConfigError(
                 f"merging into a {self.quantization_backend.backend_name} weight would round the update away: load "
-                "the base model unquantised and merge there, or keep the adapter apart."
+                "the base model unquantised and merge there (`ranktune merge --dequantize` does, into the weights that "
+                "the few bits stand for), or keep the adapter apart."
             )
         original = self._weight.data if self.original_weight is None else self.original_weight
         merged = original
