@@ -44,11 +44,13 @@ def test_two_processes_agree_on_everything(method):
     assert len(first["drawn"]) == (3 * 31 if method == "dylora" else 0)
 
 
-def test_two_processes_balance_as_one_with_two_micro_batches():
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_processes_balance_as_one_with_two_micro_batches(shared):
     """The load-balancing term, which no wrapper reduces, is the mean of the processes' terms."""
-    first, second = in_two_processes("ddp_balance")
+    first, second = in_two_processes("ddp_balance", *(["shared"] if shared else []))
     assert first["adapter"] == second["adapter"]
-    alone = train_alone()
+    alone = train_alone(shared)
+    assert sum(name.endswith(".router") for name in alone) == (1 if shared else 3)
     assert first["adapter"].keys() == alone.keys()
     for name, values in alone.items():
         assert first["adapter"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name

@@ -240,6 +240,32 @@ def test_several_adapters_each_with_their_own_routers():
     assert torch.equal(model(x), second)
 
 
+def test_training_goes_on_from_a_file_bit_for_bit(tmp_path):
+    def trained(model, optimizer, seeds):
+        for seed in seeds:
+            optimizer.zero_grad()
+            model(batch(torch.float32, seed)).square().mean().backward()
+            optimizer.step()
+        return model
+
+    def optimizer_of(model):
+        return torch.optim.AdamW(ranktune.parameter_groups(model, lr=0.01, weight_decay=0.1), lr=0.01)
+
+    whole = adapted(dtype=torch.float32, lora_dropout=0.0).train()
+    first = optimizer_of(whole)
+    trained(whole, first, range(3))
+    whole.save_pretrained(tmp_path)
+    state = copy.deepcopy(first.state_dict())
+    trained(whole, first, range(3, 6))
+    torch.manual_seed(0)
+    resumed = peft.PeftModel.from_pretrained(Stack(), tmp_path, is_trainable=True).train()
+    second = optimizer_of(resumed)
+    second.load_state_dict(state)
+    trained(resumed, second, range(3, 6))
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
 def test_a_pass_that_failed_leaves_nothing_behind():
     model = adapted()
     x, expected = batch(), model(batch())

@@ -1,5 +1,6 @@
 """Run under torchrun by test_ddp.py: a balanced mor adapter on different data in two processes; prints what it ends as.
 
+With the argument "shared", one router serves the three modules, which then are those of a block.
 `train_alone` is the same training in one process, with the two processes' data as micro-batches.
 """
 
@@ -20,12 +21,12 @@ from tests.methods import TARGETS, build_base, inputs, perturb
 STEPS = 4
 
 
-def build() -> nn.Module:
+def build(shared: bool) -> nn.Module:
     """An adapter whose balancing term is as large as the loss."""
-    fields = {"r": 2, "num_experts": 3, "balance_weight": 1.0, "lora_dropout": 0.0}
-    return perturb(
-        peft.get_peft_model(build_base("Linear"), MorConfig(router="balanced", target_modules=TARGETS, **fields))
-    ).train()
+    fields = {"r": 2, "num_experts": 3, "balance_weight": 1.0, "lora_dropout": 0.0, "shared_router": shared}
+    base = nn.Sequential(build_base("Linear")) if shared else build_base("Linear")
+    model = peft.get_peft_model(base, MorConfig(router="balanced", target_modules=TARGETS, **fields))
+    return perturb(model).train()
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -43,9 +44,9 @@ def adapter_of(model: nn.Module) -> dict[str, list[float]]:
     return {name: value.flatten().tolist() for name, value in model.state_dict().items() if "ranktune_" in name}
 
 
-def train_alone() -> dict[str, list[float]]:
+def train_alone(shared: bool) -> dict[str, list[float]]:
     """The same in one process."""
-    model = build()
+    model = build(shared)
     optimizer = optimizer_of(model)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -58,7 +59,7 @@ def train_alone() -> dict[str, list[float]]:
 def main() -> None:
     """Train through accelerate's DDP."""
     accelerator = Accelerator(cpu=True)
-    model = build()
+    model = build(shared="shared" in sys.argv)
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     for step in range(STEPS):
         optimizer.zero_grad()
