@@ -220,7 +220,8 @@ def test_a_module_at_rank_0_is_left_alone_or_keeps_its_magnitude(tmp_path):
         wide.rank_active[:] = False
         wide.gate.data.zero_()
         model.save_pretrained(tmp_path / str(decomposed))
-        found = started(tmp_path / str(decomposed), "dora" if decomposed else "lora").eval()
+        method = "dora" if decomposed else "lora"
+        found = started(tmp_path / str(decomposed), method, init_weights=False).eval()
         assert ("wide" in ranktune.ranks(found)) == decomposed
         torch.testing.assert_close(found(inputs()), model(inputs()), rtol=1e-6, atol=1e-6)
 
@@ -314,6 +315,28 @@ def test_nothing_but_zeros_is_no_start(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match="every module has rank 0"):
         started(tmp_path, "lora")
+
+
+@pytest.mark.parametrize("method", ["lora", "dylora", "dynamic-dora", "increlora"])
+def test_what_an_adapter_held_before_does_not_matter(tmp_path, method):
+    """Nor which scale it has: components take it up."""
+    name = "lora" if method == "increlora" else "lora-uneven"
+    stock(name).save_pretrained(tmp_path)
+    start = read_start(tmp_path)
+    config_class = type(started(tmp_path, method).peft_config["default"])
+    fields = {**METHODS[method], **start_fields(start, method, METHODS[method])}
+    fields |= {"init_weights": False, "lora_alpha": 1.7, "alpha_pattern": {}}
+    model = peft.get_peft_model(build_base("Linear"), config_class(**fields))
+    load_start(model, start)
+    torch.testing.assert_close(model.eval()(inputs()), outputs_in_peft(tmp_path), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dylora", "dynamic-dora"])
+def test_more_components_than_a_module_can_have_directions(tmp_path, method):
+    stock("lora", r=9).save_pretrained(tmp_path)
+    model = started(tmp_path, method, init_weights=False).eval()
+    assert ranktune.ranks(model)["narrow"] == 9
+    torch.testing.assert_close(model(inputs()), outputs_in_peft(tmp_path), rtol=1e-6, atol=1e-6)
 
 
 def test_no_random_number_is_drawn(tmp_path):

@@ -202,6 +202,33 @@ def test_an_adapter_that_has_changed_since_is_noticed(place: Path, tmp_path: Pat
     assert "alpha_pattern={'query': 9} contradicts init_from" in said
 
 
+def test_a_field_that_was_taken_out_of_a_resolved_recipe_is_noticed(place: Path, tmp_path: Path) -> None:
+    resolved = load_recipe(place / "recipe.yaml", [f"method={{name: lora, init_from: {place / 'lora'}}}"]).resolved()
+    resolved["method"]["alpha_pattern"] = {}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(resolved))
+    said = refused("train", tmp_path / "again.yaml", f"output={tmp_path / 'other'}")
+    assert "'method.alpha_pattern' is {}, and the adapter in 'method.init_from' now has {" in said
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_from_the_adapter_again(
+    place: Path, tmp_path: Path
+) -> None:
+    train(place, tmp_path / "out", "lora", "train.max_steps=4")
+    expected = tensors(tmp_path / "out")
+    for folder in ("checkpoints", "adapter"):
+        shutil.rmtree(tmp_path / "out" / folder)
+    (tmp_path / "out" / "metrics.json").unlink()
+    (place / "lora").rename(place / "away")
+    try:
+        assert "does not exist" in refused("train", "--resume", tmp_path / "out")
+    finally:
+        (place / "away").rename(place / "lora")
+    result = run("train", "--resume", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "the run starts anew, from step 0" in result.stdout
+    assert tensors(tmp_path / "out") == expected
+
+
 def test_a_comparison_and_a_resume_do_not_take_another_start(place: Path, tmp_path: Path) -> None:
     started = f"method={{name: lora, init_from: {place / 'even'}}}"
     assert "'method.init_from' keeps the ranks" in refused("compare", place / "recipe.yaml", started)

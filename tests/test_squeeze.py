@@ -112,6 +112,13 @@ def test_ties_are_broken_by_order_and_rounding_is_nothing():
     assert chosen_ranks(rows([1.0, 1e-14], [2.0]), [1, 1], total_rank=3) == [1, 1]
 
 
+def test_rounding_of_a_sum_asks_for_no_further_component():
+    for components in (13, 16, 29):
+        for count in range(1, components + 1):
+            ranks = chosen_ranks(rows([0.3] * 4, [0.3] * (components - 4)), [1, 1], energy=count / components)
+            assert sum(ranks) == count
+
+
 def test_more_than_there_is():
     assert chosen_ranks(rows([1.0, 0.0], [2.0]), [1, 1], total_rank=99) == [1, 1]
 
@@ -277,6 +284,7 @@ def test_an_adapter_is_squeezed_from_a_run_and_in_its_own_precision(tmp_path):
     result = ranktune.squeeze(tmp_path / "out", tmp_path / "small", total_rank=12)
     assert {tensor.dtype for tensor in tensors(tmp_path / "small").values()} == {torch.float64}
     assert result.error == 0.0
+    assert result.nbytes_before == file.stat().st_size
     assert result.nbytes == (tmp_path / "small" / "adapter_model.safetensors").stat().st_size
 
 
@@ -361,3 +369,10 @@ def test_an_allocated_adalora(tmp_path):
     assert sum(result.ranks_before.values()) == total
     reloaded = peft.PeftModel.from_pretrained(build_base("Linear"), str(tmp_path / "saved")).eval()
     torch.testing.assert_close(in_stock_peft(tmp_path / "same")(inputs()), reloaded(inputs()), rtol=1e-4, atol=1e-4)
+    config = config_of(tmp_path / "saved")
+    masks = config["rank_pattern"]
+    name = next(key for key, mask in masks.items() if not all(mask))
+    masks[name] = [True] * 4
+    (tmp_path / "saved" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterFileError, match=r"says that 4 components of .* were kept"):
+        ranktune.squeeze(tmp_path / "saved", tmp_path / "small", energy=1.0)
