@@ -179,7 +179,7 @@ class DisplayCallback(TrainerCallback):
         self._pace = Pace(step=state.global_step, total=state.max_steps)
         logged = [entry for entry in state.log_history if "loss" in entry]
         if logged:  # before the checkpoint that training goes on from
-            self._pace.loss, self._pace.logged = logged[-1]["loss"], logged[-1]["step"]
+            self._pace.loss, self._pace.logged = logged[-1]["loss"], int(logged[-1]["step"])
         self._display.pace(self._pace)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
