@@ -214,3 +214,16 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     (first,) = torch.autograd.grad(y.square().sum(), values["A"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_gates_that_underflow_are_zero():
+    """Products with them would be below the smallest normal number, where matrix products are many times slower."""
+    x, router = torch.ones(2, 3), torch.tensor([[0.0, 0, 0], [-30.0, -30, -30], [-20.0, -20, -20], [-10.0, -10, -10]])
+    exact = torch.softmax(x.double() @ router.double().T, 1)
+    assert (exact[0] < 1e-30).tolist() == [False, True, False, False]
+    gates = route(x, router)
+    assert gates[0, 1] == 0.0
+    torch.testing.assert_close(gates[:, [0, 2, 3]].double(), exact[:, [0, 2, 3]], rtol=1e-5, atol=0)
+    weight, (A, B) = torch.zeros(5, 3), (torch.ones(2, 3), torch.ones(5, 2))
+    _, fused = mixture_linear(x, weight, None, A, B, torch.ones(4, 2), torch.ones(4, 5), router, 1.0)
+    assert torch.equal(fused[:, 1], torch.zeros(2))

@@ -369,6 +369,12 @@ def test_cross_attention_sees_other_tokens_and_is_refused():
     assert sum(update.router is not None for _, update in updates(model)) == 2
 
 
+def test_a_module_alone_in_its_block_has_its_own_router():
+    model = adapted(target_modules=["down"])
+    assert [update.block for _, update in updates(model)] == [None] * BLOCKS
+    assert [tuple(update.router.shape) for _, update in updates(model)] == [(3, INNER)] * BLOCKS
+
+
 def test_a_router_of_another_width_is_refused():
     model = adapted(target_modules=["up", "down"])
     first = model.get_base_model().layers[0]
