@@ -20,7 +20,7 @@ from ranktune.cli import app
 from ranktune.cut_energy import cut_energy
 from ranktune.errors import ConfigError, ExportError
 from ranktune.evaluation import rebuilt
-from ranktune.rank_budget import choices_under, ranks_by_energy, ranks_by_loss
+from ranktune.rank_budget import Choices, _half, choices_under, ranks_by_energy, ranks_by_loss
 from ranktune.rank_setting import at_rank
 from ranktune.run.display import SilentDisplay
 from ranktune.truncation import truncate
@@ -200,6 +200,19 @@ def test_moves_that_only_help_one_by_one_are_halved():
     ranks = ranks_by_loss(model, 2 * 83 + 24 + 27, measure, 100)
     assert (ranks["square"] > 2) + (ranks["narrow"] > 2) == 1
     assert any(square > 2 and narrow > 2 for square, _, narrow, _ in seen)  # both were tried first
+
+
+def test_the_better_half_of_the_moves_is_kept():
+    """Of the raised modules those that gain most for their price, of the lowered those that lose least."""
+    names = ["a", "b", "c", "d"]
+    prices = {"a": 10, "b": 20, "c": 10, "d": 20}
+    choices = Choices(dict.fromkeys(names, [1, 2, 3]), {m: [p, 2 * p, 3 * p] for m, p in prices.items()}, 0)
+    places = dict.fromkeys(names, 1)
+    moved = {"a": 2, "b": 2, "c": 0, "d": 0}
+    after = {"a": 0.8, "b": 0.7, "c": 1.2, "d": 1.3}
+    near = {m: {1: 1.0, moved[m]: after[m]} for m in names}
+    kept = _half(near, places, moved, choices)
+    assert kept == {"a": near["a"], "b": {1: 1.0}, "c": {1: 1.0}, "d": near["d"]}
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
