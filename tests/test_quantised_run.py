@@ -9,7 +9,13 @@ import peft
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
@@ -19,6 +25,9 @@ from ranktune.dequantising import dequantised, quantisation
 from ranktune.errors import ConfigError
 from ranktune.exporting import export_trained
 from ranktune.merging import merge_trained
+from ranktune.recipe import load_recipe
+from ranktune.run.model import pretrained
+from ranktune.run.prepare import prepare
 from ranktune.run.quantization import quantization_config, unquantised
 from ranktune.tuner import RankLayer
 from ranktune.verification import in_stock_peft, proof
@@ -48,8 +57,15 @@ def refused(*arguments):
 
 @pytest.fixture
 def here(monkeypatch):
-    """The other process's work, done in this one: seconds faster, and no proof."""
-    monkeypatch.setattr(proof, "run_elsewhere", lambda file: in_stock_peft.do(json.loads(file.read_text())))
+    """The other process's work, done in this one: seconds faster, and no proof. A list of the jobs."""
+    jobs = []
+
+    def do(file):
+        jobs.append(json.loads(file.read_text()))
+        in_stock_peft.do(jobs[-1])
+
+    monkeypatch.setattr(proof, "run_elsewhere", do)
+    return jobs
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +122,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(trained, tmp_path):
 
 def test_what_was_trained_exports_into_stock_peft(trained, tmp_path, request):
     kind, out = trained
-    if kind != "nf4":
-        request.getfixturevalue("here")
+    jobs = [] if kind == "nf4" else request.getfixturevalue("here")
     result = export_trained(out, tmp_path / "plain")
     assert result.agreement.effect > 0.01
     assert result.agreement.difference < 1e-4 * result.agreement.largest
     assert ("on the dequantised base model" in result.agreement.inputs) == (kind == "int8")
+    assert [job["dequantize"] for job in jobs] == {"nf4": [], "int8": [True], "torchao-int8": [False]}[kind]
     assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
@@ -150,6 +166,24 @@ def test_what_cannot_be_quantised_is_refused(folder, tmp_path):
     message = refused("train", folder / "recipe.yaml", "quantization=nf8")
     assert "'nf4', 'int8' or 'torchao-int8'" in message
     assert "quantization" in refused("train", folder / "recipe.yaml", "load_in_4bit=true")
+
+
+def test_4_bit_layers_are_those_whose_rows_are_whole_runs_of_scales():
+    config = BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert "bert.encoder.layer.0.output.dense" in unquantised("nf4", model, ["classifier"])
+    assert "bert.encoder.layer.0.intermediate.dense" not in unquantised("nf4", model, ["classifier"])
+    assert "bert.encoder.layer.0.output.dense" not in unquantised("int8", model, ["classifier"])
+
+
+def test_stock_peft_trains_on_4_bits_after_it_was_scored(folder):
+    """Where bitsandbytes would have rearranged the weights at the first evaluation."""
+    recipe = load_recipe(folder / "recipe.yaml", ["quantization=nf4", "method=peft-lora", "method.r=2"])
+    prepared = prepare(recipe, folder / "recipe.yaml")
+    model = pretrained(prepared.source, prepared.task, recipe).eval()
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert len(layers) == LINEAR_MODULES
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 @pytest.fixture(scope="module")
