@@ -200,6 +200,10 @@ def test_moves_that_only_help_one_by_one_are_halved():
     ranks = ranks_by_loss(model, 2 * 83 + 24 + 27, measure, 100)
     assert (ranks["square"] > 2) + (ranks["narrow"] > 2) == 1
     assert any(square > 2 and narrow > 2 for square, _, narrow, _ in seen)  # both were tried first
+    seen.clear()
+    ranks = ranks_by_loss(model, 2 * 83 + 24 + 27, measure, 8)
+    assert len(seen) == 8  # the half would have been the ninth
+    assert set(ranks.values()) == {2}
 
 
 def test_the_better_half_of_the_moves_is_kept():
