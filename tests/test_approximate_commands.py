@@ -112,5 +112,5 @@ def test_what_needs_no_approximation_is_refused(tmp_path):
     assert command("train", tmp_path / "recipe.yaml", "train.max_steps=1", "--quiet").exit_code == 0
     done = command("export", tmp_path / "out", "--approximate", "mean_gate", "--out", tmp_path / "plain")
     assert done.exit_code == 2
-    assert "'lora' adapter: only mor has gates to average" in done.stderr
+    assert "'lora': only mor has gates to average" in done.stderr
     assert not (tmp_path / "plain").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.core
+import typer.main
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -309,3 +312,69 @@ def test_interruption_and_unexpected_errors_have_their_own_codes(recipe: Path, m
     result = run("train", recipe)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "ranktune", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "ranktune 0.1.0"
+
+
+def test_no_help_loses_what_is_in_brackets() -> None:
+    """Rich takes [word] for markup, and drops it."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    seen = []
+    for name, command in {"": group, **group.commands}.items():
+        written = [command.help or "", *(getattr(parameter, "help", None) or "" for parameter in command.params)]
+        shown = re.sub(r"[\s│]+", "", CliRunner(env={"COLUMNS": "300"}).invoke(app, [*name.split(), "--help"]).output)
+        for text in written:
+            for bracketed in re.findall(r"\w*\\?\[[^\]]*\]", text):
+                if not bracketed.endswith("bold]"):
+                    seen.append(bracketed)
+                    assert re.sub(r"[\s\\]", "", bracketed) in shown, f"{name} --help loses {bracketed}"
+    assert len(seen) >= 3
+
+
+def test_a_dry_run_shows_every_key_also_where_the_data_cannot_be_read(recipe: Path) -> None:
+    (recipe.parent / "data" / "train.csv").write_text('text,label\n"no end,colour\n')
+    result = run("train", recipe, "--dry-run")
+    assert result.exit_code == 2
+    assert "quoting: true" in result.stdout
+    assert "learning_rate:" in result.stdout
+
+
+def test_a_dry_run_tells_the_start_the_room_and_the_end(recipe: Path) -> None:
+    result = run("train", recipe, "method={name: increlora, r: 2, max_r: 8, grow_interval: 1, warmup_ratio: 0.0}",
+                 "train.epochs=4", "--dry-run")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.split())
+    # A 16 x 16 layer: 33 numbers a component, one of them at the start, room for eight.
+    assert re.search(r"16 x 16 │ 1 │ 33 │ 264 │", shown)
+    assert f"starts at total rank {LINEAR_MODULES} with " in shown
+    assert f"Its ranks are moved to total rank {2 * LINEAR_MODULES} at the end." in shown
+    budget = ["method={name: dynamic-dora, r: 2, target_params: 900, prune_interval: 2}", "train.epochs=4"]
+    assert "moved to at most 900 parameters in components at the end" in " ".join(
+        run("train", recipe, *budget, "--dry-run").stdout.split()
+    )
+    assert "at the end" not in run("train", recipe, "--dry-run").stdout
+
+
+def test_the_card_of_an_adapter_has_no_path_of_this_machine(trained: Path) -> None:
+    card = (trained / "out" / "adapter" / "README.md").read_text()
+    metrics = metrics_of(trained)
+    assert str(trained) not in card
+    assert "a model in a local folder named `model`" in card
+    assert f"| ranks | 2 in {LINEAR_MODULES} modules, {2 * LINEAR_MODULES} in total |" in card
+    assert f"{metrics['before']:.4f} before, {metrics['after']:.4f} after" in card
+    assert 'AutoModelForSequenceClassification.from_pretrained("path/of/the/base/model", num_labels=2)' in card
+    assert "import peft, ranktune" in card
+
+
+def test_inspect_lists_modules_in_the_order_of_the_model_and_counts_as_the_summary(trained: Path) -> None:
+    metrics, final = metrics_of(trained), json.loads((trained / "out" / "ranks.json").read_text())["final"]
+    found = json.loads(run("inspect", trained / "out", "--json").stdout)
+    assert list(found["modules"]) == list(final) != sorted(final)
+    assert found["adapter_parameters"] == metrics["active_params"]
+    shown = run("inspect", trained / "out").stdout
+    head = metrics["trainable_params"] - metrics["active_params"]
+    assert f"{metrics['active_params']:,} parameters in the adapter, {head} trained in full beside it" in shown

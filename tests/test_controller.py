@@ -281,7 +281,7 @@ def test_a_closed_controller_is_no_controller():
 
 def test_what_cannot_be_controlled_is_refused():
     fixed = peft.get_peft_model(build_base("Linear"), RankConfig(target_modules=TARGETS))
-    with pytest.raises(ConfigError, match="'lora' adapter, whose ranks do not move"):
+    with pytest.raises(ConfigError, match="'lora', whose ranks do not move"):
         RankController(fixed, optimizer_of(fixed), STEPS)
     with pytest.raises(ConfigError, match="no ranktune adapter: add one"):
         RankController(build_base("Linear"), optimizer_of(fixed), STEPS)

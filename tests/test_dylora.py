@@ -590,7 +590,7 @@ def test_a_rank_that_was_not_trained_is_refused(fields, tmp_path):
 @pytest.mark.parametrize("other", [RankConfig, ranktune.DynamicDoraConfig])
 def test_only_a_nested_adapter_has_a_rank_to_set(other):
     model = build(config_class=other)
-    with pytest.raises(ConfigError, match=f"is a '{other.method_name}' adapter"):
+    with pytest.raises(ConfigError, match=f"is of method '{other.method_name}'"):
         ranktune.set_rank(model, 1)
     with pytest.raises(ConfigError, match="no ranktune adapter 'missing'"):
         ranktune.set_rank(build(), 1, "missing")

@@ -143,7 +143,7 @@ def test_energy_counts_squares():
 
 
 def ranktune_module(values):
-    from ranktune.inspect import ModuleInspection
+    from ranktune.inspection import ModuleInspection
 
     return {"m": ModuleInspection((1, 1), 1, 1, 1, None, [], values, None, None, None)}
 
@@ -152,7 +152,7 @@ def test_a_run_with_its_history(tmp_path):
     model = adapted(next(row for row in ROWS if row.name == "dynamic-dora"))
     model.save_pretrained(tmp_path / "adapter")
     history = [{"step": 3, "module": "wide", "old": 6, "new": 2, "score": 0.1}]
-    (tmp_path / "ranks.json").write_text(json.dumps({"final": {}, "history": history}))
+    (tmp_path / "ranks.json").write_text(json.dumps({"final": {"wide": 2}, "history": history}))
     found = ranktune.inspect(tmp_path)
     assert found.history == [{"step": 3, "module": "wide", "old": 6, "new": 2}]
     (tmp_path / "ranks.json").write_text('{"history": [{"step": 3}]}')

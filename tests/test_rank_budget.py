@@ -267,7 +267,7 @@ def test_what_cannot_be_chosen_is_refused():
     with pytest.raises(ConfigError, match=r"evaluations=7 is too few: .* 3 modules .* give 8 or more"):
         ranks_by_loss(model, 83, lambda: 0.0, 7)
     plain = peft.get_peft_model(build_base("Linear"), RankConfig(target_modules=TARGETS))
-    with pytest.raises(ConfigError, match="'lora' adapter"):
+    with pytest.raises(ConfigError, match="of method 'lora'"):
         ranks_by_energy(plain, 1000)
 
 

@@ -189,7 +189,9 @@ def test_a_run_of_another_method_has_no_curve(tmp_path):
     for arguments in (("evaluate", "--ranks", "all"), ("truncate", "--rank", "1")):
         done = command(arguments[0], tmp_path / "out", *arguments[1:])
         assert done.exit_code == 2
-        assert "is a 'lora' adapter: it was not trained to work at other ranks" in done.stderr
+        assert "is of method 'lora': it was not trained to work at other ranks" in done.stderr
+        assert "`ranktune squeeze`" in done.stderr
+        assert "`ranktune export --svd-rank`" in done.stderr
 
 
 def test_a_run_tells_which_ranks_it_trained(trained):

@@ -87,6 +87,14 @@ def test_scores_of_whole_modules_are_called_so():
     assert list(figure.axes[0].lines[0].get_xdata()) == [2, 1]
 
 
+def test_the_highest_modules_are_named():
+    scores = {"a": 0.2, "b": 0.4, "c": 0.3, "d": 0.1, "e": 0.9}
+    importance = {name: {"kept": [score], "dropped": []} for name, score in scores.items()}
+    named = importance_figure(importance, "title").axes[0].texts
+    assert [(text.get_text(), tuple(text.xy)) for text in named] == [("e", (1, 0.9)), ("b", (2, 0.4)), ("c", (3, 0.3))]
+    assert not importance_figure(IMPORTANCE, "title").axes[0].texts
+
+
 @pytest.mark.parametrize("moved", [True, False])
 def test_a_runs_pictures(tmp_path, moved):
     directory = RunDirectory(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import Trainer
 from typer.testing import CliRunner, Result
 
 from ranktune.cli import app
@@ -517,3 +518,46 @@ def test_other_fixes_of_what_is_said(tmp_path: Path) -> None:
     assert f"{recipe}: unknown key" in refused("train", write_everything(tmp_path), "trane.epochs=1")
     result = run("train", recipe, METHOD, "train.epochs=2")
     assert result.stdout.count("step 12:  accuracy") == 1  # scored again after compaction, said once
+
+
+def test_a_resumed_run_shows_the_ranks_it_goes_on_with(stopped: Path) -> None:
+    recorded = [event for event in RunDirectory(stopped).read_events() if event["event"] == "step"]
+    rank = next(event["total_rank"] for event in recorded if event["step"] == 8)
+    assert rank == 2 * LINEAR_MODULES  # 3 each at the start
+    result = run("train", "--resume", stopped)
+    assert f"restored at step 8: {LINEAR_MODULES} modules of total rank {rank}, " in result.stdout
+    assert f"total rank {3 * LINEAR_MODULES}" not in result.stdout
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool) -> None:
+    recipe, out = write_everything(tmp_path), tmp_path / "out"
+    original, moment = Trainer.training_step, 0
+
+    def training_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == moment:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    result = run("train", recipe, "train.save_every=2")
+    assert result.exit_code == 130
+    way_on = f"ranktune train --resume {out}"
+    assert f"there is no checkpoint yet (train.save_every), so {way_on} begins at step 0" in result.stderr
+    moment = 3
+    first = ["--resume", out] if resumed else [recipe, "--overwrite", "train.save_every=2"]
+    result = run("train", *first)
+    assert result.exit_code == 130
+    assert result.stderr == f"interrupted; checkpoint-2 is the last checkpoint; resume with: {way_on}\n"
+
+
+def test_the_final_scores_are_logged_once_and_in_one_order(stopped: Path, finished: Path) -> None:
+    assert run("train", "--resume", stopped, "--quiet").exit_code == 0
+    for out in (stopped, finished / "out"):
+        events = RunDirectory(out).read_events()
+        scored = [event["step"] for event in events if event["event"] == "evaluation"]
+        assert scored == [0, 6, 12]
+        assert events[-1]["scores"] == metrics_of(out)["scores"]["after"]
+    one, other = ((out / "metrics.json").read_text() for out in (stopped, finished / "out"))
+    shown = [text[text.index('"scores"') : text.index('"model"')] for text in (one, other)]
+    assert shown[0] == shown[1]

@@ -161,7 +161,7 @@ def test_a_classifier_keeps_its_trained_head(tmp_path):
     [
         ({"batches": []}, "no token of the batches reached"),
         ({"batches": BATCHES, "static_name": "default"}, "already has an adapter 'default'"),
-        ({"batches": BATCHES, "adapter_name": "plain"}, "'plain' is a 'lora' adapter: only mor"),
+        ({"batches": BATCHES, "adapter_name": "plain"}, "'plain' is of method 'lora': only mor"),
         ({"batches": BATCHES, "adapter_name": "typo"}, "no ranktune adapter 'typo'"),
     ],
 )

@@ -60,7 +60,7 @@ FLOORS = [
         "compare",
         "export",
         "exporting",
-        "inspect",
+        "inspection",
         "squeezed_run",
         "squeezing",
         "merging",
@@ -76,6 +76,7 @@ FLOORS = [
         "rank_curve",
         "truncation",
         "cli",
+        "__main__",
     },
 ]
 # What pure maths may import besides the standard library.

@@ -277,3 +277,22 @@ def test_a_class_that_falls_into_the_evaluation_split_alone(tmp_path):
     refuse(DataError, "data.evaluation_fraction", "fell into the evaluation split", early=False, **settings)
     loaded = load_data(DataRecipe(**settings, labels=["bad", "good"]), seed=0)
     assert (len(loaded.train), len(loaded.evaluation)) == (1, 1)
+
+
+@pytest.mark.parametrize("extension", ["tsv", "csv"])
+def test_quotation_marks_that_are_text_are_told_from_torn_files(tmp_path, extension):
+    """As in GLUE's STS-B: a mark that nothing closes swallows cells, and a later row has too many."""
+    cell = "\t" if extension == "tsv" else ","
+    rows = [["sentence1", "sentence2", "score"], *[["one", "two", "0.5"]] * 20]
+    rows += [["one", '"two', "0.5"], ['three"', "four", "1.0"]]
+    file = tmp_path / f"train.{extension}"
+    file.write_text("".join(cell.join(row) + "\n" for row in rows))
+    advice = "try data.quoting: false"
+    refuse(DataError, f"cannot be read as {extension}: ", advice, source=str(file), early=False)
+    columns = {"text": "sentence1", "text_pair": "sentence2", "label": "score"}
+    unquoted = DataRecipe(source=str(file), quoting=False, task="regression", columns=columns)
+    assert len(load_data(unquoted, 0).train)
+    file.write_text(file.read_text() + cell.join("abcdef") + "\n")
+    with pytest.raises(DataError) as caught:
+        load_data(DataRecipe(source=str(file)), seed=0)
+    assert advice not in str(caught.value)

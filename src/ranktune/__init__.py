@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ranktune.export import export_lora
     from ranktune.foreign_start import start_from
     from ranktune.gradients import ControllerError
-    from ranktune.inspect import inspect
+    from ranktune.inspection import inspect
     from ranktune.integrations.trainer import RankCallback
     from ranktune.methods import DoraConfig, DyLoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig
     from ranktune.rank_setting import set_rank
@@ -52,7 +52,7 @@ _HOME = {
     "active_parameters": "ranktune.adapters",
     "compact": "ranktune.compaction",
     "export_lora": "ranktune.export",
-    "inspect": "ranktune.inspect",
+    "inspect": "ranktune.inspection",
     "mean_gate": "ranktune.static_mixture",
     "parameter_groups": "ranktune.adapters",
     "ranks": "ranktune.adapters",

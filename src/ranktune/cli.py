@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,6 +79,28 @@ def _refusals_are_messages(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
     return run
+
+
+@contextmanager
+def _interruption_names_the_way_on(output: Path) -> Iterator[None]:
+    """Tell on Ctrl-C how to go on with the run in `output`."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        from ranktune.run.checkpoints import find_checkpoint
+        from ranktune.run.directory import RunDirectory
+
+        directory = RunDirectory(output)
+        way_on = f"ranktune train --resume {output}"
+        found = find_checkpoint(directory.checkpoints).newest
+        if not directory.recipe.exists() or directory.metrics.exists():
+            said = "interrupted before training began"
+        elif found is None:
+            said = f"interrupted; there is no checkpoint yet (train.save_every), so {way_on} begins at step 0"
+        else:
+            said = f"interrupted; {found.path.name} is the last checkpoint; resume with: {way_on}"
+        typer.echo(said, err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
 def _console() -> Console:
@@ -196,15 +219,16 @@ def train(
         from ranktune.report.tables import plan_table
         from ranktune.training import rehearse
 
-        plan = rehearse(loaded, recipe)
+        # First, so that it is seen also where the data cannot be read.
         console.print(recipe_text(loaded), markup=False, highlight=False, soft_wrap=True)
+        plan = rehearse(loaded, recipe)
         console.print(plan_table(plan))
         return
 
     from ranktune.run.display import showing
     from ranktune.training import train as train_recipe
 
-    with showing(console, quiet) as display:
+    with _interruption_names_the_way_on(Path(loaded.output)), showing(console, quiet) as display:
         metrics = train_recipe(loaded, recipe, display, overwrite=overwrite)
     if not quiet:
         _summarise(console, metrics, loaded.output)
@@ -223,7 +247,7 @@ def _resume(
 
     console = _console()
     first = [] if recipe is None else [str(recipe)]
-    with showing(console, quiet) as display:
+    with _interruption_names_the_way_on(output), showing(console, quiet) as display:
         metrics = resume(output, [*first, *overrides], display, replan=replan)
     if not quiet:
         _summarise(console, metrics, str(output))
@@ -335,7 +359,7 @@ def compare(
     out: Annotated[Path, typer.Option("--out", help="Folder of the comparison.")] = Path("runs/comparison"),
     methods: Annotated[
         str | None,
-        typer.Option(help="Methods, by commas; name[field=value] sets a field. All by default.", show_default=False),
+        typer.Option(help="Methods, by commas; name\\[field=value] sets a field. All by default.", show_default=False),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that are compared.")] = 3,
     search: Annotated[
@@ -347,7 +371,7 @@ def compare(
     ] = 0.1,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")] = 1,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Train on a Ray cluster instead (pip install ranktune[ray]).")
+        bool, typer.Option("--ray", help="Train on a Ray cluster instead (pip install ranktune\\[ray]).")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train runs again that failed.")] = False,
     quiet: Quiet = False,
@@ -367,7 +391,7 @@ def compare(
 
         ranktune compare my.yaml --methods lora,dora,dynamic-dora --seeds 3 --out runs/mine
 
-        ranktune compare my.yaml --methods "lora,mor[num_experts=4]" --no-search train.epochs=1
+        ranktune compare my.yaml --methods "lora,mor\\[num_experts=4]" --no-search train.epochs=1
     """
     _share_the_cores()
     from ranktune.compare.command import compare_recipe
@@ -708,7 +732,7 @@ def inspect(
     """
     import json
 
-    from ranktune.inspect import inspect as inspect_folder
+    from ranktune.inspection import inspect as inspect_folder
     from ranktune.report.inspection import inspection_lines, module_table, rank_table
 
     found = inspect_folder(adapter)

@@ -135,7 +135,7 @@ class RankController:
         policy = config.policy(self._layout, total_steps - self._began)
         if policy is None:
             raise ConfigError(
-                f"adapter {self.adapter_name!r} is a {config.method!r} adapter, whose ranks do not move: it needs no "
+                f"adapter {self.adapter_name!r} is of method {config.method!r}, whose ranks do not move: it needs no "
                 "controller."
             )
         self.policy = policy

@@ -92,8 +92,9 @@ def _nested_config(model: nn.Module, name: str) -> DyLoraConfig:
     config = adapter_config(model, name)
     if not isinstance(config, DyLoraConfig):
         raise ConfigError(
-            f"adapter {name!r} is a {config.method!r} adapter: it was not trained to work at other ranks than its own. "
-            "Only dylora adapters have a rank that can be set; an export can truncate any adapter, at a loss."
+            f"adapter {name!r} is of method {config.method!r}: it was not trained to work at other ranks than its own. "
+            "Only dylora adapters have a rank that can be set. Any other is made smaller, at a loss that is told, by "
+            "`ranktune squeeze` (one budget, a rank for each module) or `ranktune export --svd-rank` (one for all)."
         )
     return config
 

@@ -73,7 +73,7 @@ def mean_gate(
     name = adapter_name or active_adapter(model)
     config = adapter_config(model, name)
     if config.method != "mor":
-        raise ConfigError(f"adapter {name!r} is a {config.method!r} adapter: only mor has gates to average.")
+        raise ConfigError(f"adapter {name!r} is of method {config.method!r}: only mor has gates to average.")
     if static_name in model.peft_config:
         raise ConfigError(f"the model already has an adapter {static_name!r}: choose another static_name.")
     calibration = list(batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def train(
     with libraries_quiet():
         prepared = prepare(recipe, file, begins=True)
         examples = prepare_examples(prepared)
-        _introduce(prepared, display, examples.steps.total)
+        _introduce(prepared, examples, display)
         return _run(prepared, examples, directory, display, further=callbacks)
 
 
@@ -101,7 +102,7 @@ def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: 
     with libraries_quiet():
         prepared = prepare(recipe, directory.recipe, begins=found.newest is None)
         examples = prepare_examples(prepared)
-        _introduce(prepared, display, examples.steps.total)
+        _introduce(prepared, examples, display, resumed=found.newest is not None)
         if found.newest is None:
             display.say("there is no whole checkpoint: the run starts anew, from step 0")
         else:
@@ -124,22 +125,31 @@ def rehearse(recipe: Recipe, file: str | Path) -> Plan:
     """
     with libraries_quiet():
         prepared = prepare(recipe, file, begins=True)
-        prepare_examples(prepared)
-        return prepared.plan
+        examples = prepare_examples(prepared)
+        return replace(prepared.plan, end=examples.end)
 
 
-def _introduce(prepared: Prepared, display: Display, total_steps: int) -> None:
+def _introduce(prepared: Prepared, examples: Examples, display: Display, *, resumed: bool = False) -> None:
+    """Say what is trained; ranks and sizes only where they are those that training begins with."""
     plan = prepared.plan
     display.say(prepared.data.description)
-    display.say(
-        f"{prepared.recipe.method['name']} on {prepared.source.name}: {len(plan.modules)} modules of total rank "
-        f"{plan.rank:,}, {plan.trainable:,} trainable parameters ({plan.trainable / plan.total:.2%} of the model)"
-    )
+    named = f"{prepared.recipe.method['name']} on {prepared.source.name}"
+    if resumed:
+        display.say(named)
+    else:
+        display.say(
+            f"{named}: {len(plan.modules)} modules of total rank {plan.rank:,}, {plan.trainable:,} trainable "
+            f"parameters ({plan.trainable / plan.total:.2%} of the model)"
+        )
+        if plan.start != plan.adapter:
+            display.say(f"of these {plan.start:,} are in the adapter at the start; the others are room to grow in")
+    if examples.end:
+        display.say(f"at the end: {examples.end}")
     if (start := prepared.start) is not None:
         trained_on = f"trained on {start.base_model}" if start.base_model else "which names no base model"
         display.say(f"starting from {start.folder} ({start.saved.method}), {trained_on}")
     config = prepared.config
-    advice = config.advice(total_steps) if isinstance(config, RankConfig) else None
+    advice = config.advice(examples.steps.total) if isinstance(config, RankConfig) else None
     for more in (plan.quantised, plan.left_out, advice):
         if more:
             display.say(more)
@@ -186,7 +196,7 @@ def _run(
             # Before the final scores: they are to be those of the file that is saved.
             compacted = _compact(model)
             after = scores_only(trainer.evaluate()) if compacted else _final_scores(trainer, events)
-            log.write("end", step=trainer.state.global_step, seconds=events.seconds())
+            log.write("end", step=trainer.state.global_step, seconds=events.seconds(), scores=after)
         return save_result(directory, prepared, trainer, events, after, movement, training_params, memory)
 
 

@@ -149,6 +149,15 @@ class LowRankUpdate(nn.Module):
         """How many numbers the update has, without those of a nested one that are beyond the rank that was set."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def parameters_at(self, rank: int) -> int:
+        """How many numbers the update would have at another rank, with no components beyond it."""
+        whole = sum(parameter.numel() for parameter in self.parameters())
+        return whole - (self.capacity - rank) * self._parameters_of_a_component()
+
+    def _parameters_of_a_component(self) -> int:
+        listed = {id(tensor): tensor.numel() // self.capacity for tensor, _ in self.components() if self.capacity}
+        return sum(listed[id(parameter)] for parameter in self.parameters() if id(parameter) in listed)
+
     def required_gate(self) -> nn.Parameter:
         """The gate of an update that has one."""
         if self.gate is None:

@@ -29,7 +29,8 @@ def baseline_plan(config: Baseline, skeleton: nn.Module) -> Plan:
     for name, rank in ranks(model).items():
         layer = model.get_submodule(f"base_model.model.{name}")
         shape = cast(int, layer.out_features), cast(int, layer.in_features)
-        modules.append(PlannedModule(name, shape, rank, active_parameters(layer)))
+        count = active_parameters(layer)
+        modules.append(PlannedModule(name, shape, rank, count, count))
     adapter = sum(module.parameters for module in modules)
     total = sum(parameter.numel() for parameter in model.parameters())
     layout = Layout(tuple(module.name for module in modules), torch.empty(0, dtype=torch.int64))

@@ -32,6 +32,14 @@ def active_parameters(model: nn.Module) -> int:
     return sum(_own_parameters(layer) * rank // max(_capacity(layer), 1) for _, layer, rank in found)
 
 
+def parameters_of_ranks(model: nn.Module) -> int:
+    """How many numbers the adapter has in the components of its present ranks, without room for more."""
+    ours = list(adapters.updates(model))
+    if not ours:
+        return active_parameters(model)
+    return sum(update.parameters_at(update.rank) for _, update in ours)
+
+
 def final_parameters(model: nn.Module) -> int:
     """Trainable parameters that the saved result has: all of them, without what AdaLoRA only masks."""
     masked = sum(

@@ -12,7 +12,7 @@ from ranktune.report.rank_map import rank_grid
 from ranktune.report.tables import size
 
 if TYPE_CHECKING:
-    from ranktune.inspect import Inspection, ModuleInspection
+    from ranktune.inspection import Inspection, ModuleInspection
 
 
 _MOST_MODULES, _MOST_CELLS = 4096, 20_000
@@ -24,7 +24,12 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
     ranks = list(found.ranks.values())
     spread = f"rank {max(ranks)}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     yield f"{len(ranks)} modules, {spread}, {sum(ranks):,} in total; r {found.r}, lora_alpha {found.lora_alpha}"
-    yield f"{found.parameters:,} numbers, {size(found.nbytes)}"
+    in_full = sum(math.prod(shape) for shape in found.trained_in_full.values())
+    record = found.parameters - found.adapter_parameters - in_full
+    parts = [f"{found.adapter_parameters:,} parameters in the adapter"]
+    parts += [f"{in_full:,} trained in full beside it"] if in_full else []
+    parts += [f"{record:,} that record its ranks"] if record else []
+    yield f"{size(found.nbytes)}: {', '.join(parts)}"
     if found.trained_in_full:
         names = ", ".join(name.removeprefix("base_model.model.") for name in found.trained_in_full)
         yield f"trained in full beside it: {names}"

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ranktune.report.style import BLUE, GREY, ORANGE, SEQUENTIAL, dress, new_figure, put_title
 
 _LABELLED_ROWS = 80
+_NAMED_MODULES = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,17 @@ def importance_figure(importance: Mapping[str, Mapping[str, Sequence[float]]], t
         axes.legend(frameon=False)
     scored = "module" if not dropped and len(kept) == len(importance) else "component"
     positive = [score for score in [*kept, *dropped] if score > 0]
+    if scored == "module":
+        _name_the_highest(axes, importance, dict(zip(importance, places[: len(kept)], strict=True)))
     if positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
     dress(axes, title, f"{scored}, by importance", "importance (running average)")
     return figure
+
+
+def _name_the_highest(
+    axes: Axes, importance: Mapping[str, Mapping[str, Sequence[float]]], places: Mapping[str, float]
+) -> None:
+    for module in sorted(places, key=lambda name: places[name])[:_NAMED_MODULES]:
+        at = places[module], importance[module]["kept"][0]
+        axes.annotate(module, at, (6, 0), textcoords="offset points", va="center", fontsize=7)

@@ -18,14 +18,27 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("module", footer=f"{len(plan.modules)} modules", overflow="fold")
     table.add_column("weight (out x in)", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", footer=f"{plan.rank:,}")
-    table.add_column("parameters", justify="right", footer=f"{plan.adapter:,}")
+    roomy = plan.start != plan.adapter
+    if roomy:
+        table.add_column("parameters at the start", justify="right", footer=f"{plan.start:,}")
+    heading = "with room to grow" if roomy else "parameters"
+    table.add_column(heading, justify="right", footer=f"{plan.adapter:,}")
     for module in plan.modules:
-        table.add_row(module.name, f"{module.shape[0]} x {module.shape[1]}", str(module.rank), f"{module.parameters:,}")
+        sizes = [f"{module.start:,}"] if roomy else []
+        shape = f"{module.shape[0]} x {module.shape[1]}"
+        table.add_row(module.name, shape, str(module.rank), *sizes, f"{module.parameters:,}")
     share = plan.trainable / plan.total
     table.caption = (
         f"{plan.trainable:,} trainable parameters ({plan.adapter:,} in the adapter, {plan.other:,} in a new head and "
         f"other modules trained in full), {share:.2%} of the model's {plan.total:,}. Nothing was trained or written."
     )
+    if roomy:
+        table.caption += (
+            f"\nThe adapter starts at total rank {plan.rank:,} with {plan.start:,} parameters; the optimizer holds "
+            f"{plan.adapter:,}, with the room to grow in, and what was not grown into is dropped at the end."
+        )
+    if plan.end:
+        table.caption += f"\nIts ranks are moved to {plan.end} at the end."
     if plan.compared:
         sizes = ", ".join(f"{name} {count:,} ({plan.adapter / count:.3g} x)" for name, count in plan.compared.items())
         table.caption += f"\nThe adapter's {plan.adapter:,} beside others of the same ranks: {sizes}."

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ranktune.baselines.reading import parameters_of_ranks
 from ranktune.baselines.reading import ranks as ranks_of
 from ranktune.run.events import scores_only
 
@@ -173,13 +174,16 @@ class DisplayCallback(TrainerCallback):
         args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,
         control: TrainerControl,  # noqa: ARG002
+        model: Any = None,
         **_: Any,
     ) -> None:
-        """Learn the number of steps."""
+        """Learn the number of steps, and say what training goes on with, once the checkpoint is loaded."""
         self._pace = Pace(step=state.global_step, total=state.max_steps)
         logged = [entry for entry in state.log_history if "loss" in entry]
         if logged:  # before the checkpoint that training goes on from
             self._pace.loss, self._pace.logged = logged[-1]["loss"], int(logged[-1]["step"])
+        if state.global_step:
+            self._say_what_was_restored(state.global_step, model)
         self._display.pace(self._pace)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
@@ -250,3 +254,10 @@ class DisplayCallback(TrainerCallback):
         if line != self._scores_said:
             self._display.say(line)
         self._scores_said = line
+
+    def _say_what_was_restored(self, step: int, model: Any) -> None:
+        if ranks := ranks_of(model):
+            self._display.say(
+                f"restored at step {step:,}: {len(ranks)} modules of total rank {sum(ranks.values()):,}, "
+                f"{parameters_of_ranks(model):,} adapter parameters"
+            )

@@ -157,9 +157,15 @@ class EventCallback(TrainerCallback, ExportableState):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """The scores of an evaluation, under their own names."""
+        """The scores of an evaluation, under their own names.
+
+        Scored once more after the last step, because it was compacted or is an earlier best: that is in the log's end.
+        """
+        again = self.latest_scores_step == state.global_step
         self.latest_scores = scores_only(metrics or {})
         self.latest_scores_step = state.global_step
+        if again:
+            return
         self.log.write("evaluation", step=state.global_step, **self.latest_scores)
 
 

@@ -15,6 +15,7 @@ from ranktune.baselines.plan import baseline_plan
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, RecipeError
 from ranktune.foreign_start import Start, read_start, refuse_other_model
+from ranktune.policy import NestedPolicy, RankPolicy
 from ranktune.recipe import Recipe
 from ranktune.recipe.choices import fields_of_start, method_config
 from ranktune.run.arguments import training_arguments
@@ -45,12 +46,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Examples:
-    """Both splits as token ids, the tokenizer that made them, and the length of the run over them."""
+    """Both splits as token ids, the tokenizer that made them, and the length of the run over them.
+
+    `end`: the size that ranks are moved to over such a run, in words.
+    """
 
     tokenizer: Any
     train: datasets.Dataset
     evaluation: datasets.Dataset
     steps: ExpectedSteps
+    end: str | None
 
 
 def prepare(recipe: Recipe, file: str | Path, *, begins: bool = False) -> Prepared:
@@ -123,12 +128,21 @@ def prepare_examples(prepared: Prepared) -> Examples:
     train, evaluation = (task.tokenize(split, tokenizer) for split in (prepared.data.train, prepared.data.evaluation))
     steps = ExpectedSteps.of(prepared.arguments, len(train))
     try:
-        prepared.config.policy(prepared.plan.layout, steps.total)
+        policy = prepared.config.policy(prepared.plan.layout, steps.total)
     except ConfigError as error:
         raise ConfigError(
             f"section 'method': {error} The run has {steps.total:,} optimizer steps ({steps.arithmetic})."
         ) from error
-    return Examples(tokenizer, train, evaluation, steps)
+    return Examples(tokenizer, train, evaluation, steps, _end(prepared.config, policy, steps.total))
+
+
+def _end(config: RankConfig | Baseline, policy: RankPolicy | None, steps: int) -> str | None:
+    """The budget at the end of the run, for a method that moves ranks."""
+    if policy is None or isinstance(policy, NestedPolicy):
+        return None
+    if getattr(config, "target_params", None) is None:
+        return f"total rank {policy.budget(steps):,}"
+    return f"at most {policy.budget(steps):,} parameters in components"
 
 
 def _with_new_head(method: dict[str, Any], task: Task) -> dict[str, Any]:

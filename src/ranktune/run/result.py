@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import Trainer
 
 import ranktune
 from ranktune.baselines import reading
+from ranktune.report.model_card import model_card
 from ranktune.report.plots import draw_run
 from ranktune.run import atomic
 from ranktune.run.directory import RunDirectory
@@ -45,10 +47,33 @@ def save_result(
         The content of `metrics.json`.
     """
     model: Any = trainer.model
-    atomic.write_folder(directory.adapter, lambda folder: model.save_pretrained(str(folder)))
-    atomic.write_json(directory.ranks, {"final": reading.ranks(model), **movement})
+    metric, ranks = prepared.task.metric, reading.ranks(model)
+    card = model_card(
+        {
+            "method": prepared.recipe.method["name"],
+            "model": prepared.source.name,
+            "task": prepared.task.name,
+            "num_labels": len(prepared.data.labels or ()),
+            "metric": metric,
+            "before": events.before[metric],
+            "after": after[metric],
+            "steps": trainer.state.global_step,
+            "seed": prepared.recipe.train.seed,
+            "trainable_params": reading.final_parameters(model),
+            "versions": {"ranktune": ranktune.__version__},
+        },
+        ranks,
+        prepared.recipe.method,
+    )
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        # PEFT's own is a form to fill in, with the base model's place on this machine in it.
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    atomic.write_folder(directory.adapter, save)
+    atomic.write_json(directory.ranks, {"final": ranks, **movement})
     draw_run(directory)
-    metric = prepared.task.metric
     metrics = {
         "method": prepared.recipe.method["name"],
         "task": prepared.task.name,
@@ -66,7 +91,8 @@ def save_result(
         "peak_memory_kind": memory.kind,
         "adapter_bytes": sum(file.stat().st_size for file in directory.adapter.glob("*.safetensors")),
         "seed": prepared.recipe.train.seed,
-        "scores": {"before": events.before, "after": after},
+        # In the order of their names, which a checkpoint also gives them.
+        "scores": {"before": dict(sorted(events.before.items())), "after": dict(sorted(after.items()))},
         "model": prepared.source.name,
         "data": {"description": prepared.data.description, "fingerprint": prepared.data.fingerprint},
         "versions": {

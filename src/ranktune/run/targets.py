@@ -26,11 +26,16 @@ from ranktune.policy import Layout
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One module that would be adapted: its name, weight shape [out, in], rank, and adapter parameters."""
+    """One module that would be adapted: its name, weight shape [out, in], and its adapter.
+
+    `rank` is that of the start, and `start` the parameters in its components; `parameters` are all that the optimizer
+    holds, with the room for components that may be grown.
+    """
 
     name: str
     shape: tuple[int, int]
     rank: int
+    start: int
     parameters: int
 
 
@@ -40,7 +45,8 @@ class Plan:
 
     `compared` has the sizes of other methods' adapters on the same modules at the same ranks, where the method's own
     size invites the question. `layout` is what a policy has to know of the adapter; `other` counts trainable parameters
-    outside it (a new head); `total` the model's with its adapter. `left_out`: what `all-linear` does not reach, in a
+    outside it (a new head); `total` the model's with its adapter. `end`: the size that the ranks are moved to, in
+    words; None where they are not moved, or it is not known yet. `left_out`: what `all-linear` does not reach, in a
     sentence; None for targets that were named. `quantised`: what is, in words.
     """
 
@@ -51,12 +57,18 @@ class Plan:
     total: int
     left_out: str | None = None
     compared: dict[str, int] | None = None
+    end: str | None = None
     quantised: str | None = None
 
     @property
     def trainable(self) -> int:
         """Trainable parameters, adapter and others."""
         return self.adapter + self.other
+
+    @property
+    def start(self) -> int:
+        """Parameters in the components that the adapter begins with."""
+        return sum(module.start for module in self.modules)
 
     @property
     def rank(self) -> int:
@@ -139,7 +151,10 @@ def plan(config: RankConfig, skeleton: nn.Module) -> Plan:
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"section 'method' cannot be put on this model: {error}") from error
     named = list(updates(model))
-    modules = [PlannedModule(name, shapes[name], update.rank, _trainable(update)) for name, update in named]
+    modules = [
+        PlannedModule(name, shapes[name], update.rank, update.parameters_at(update.rank), _trainable(update))
+        for name, update in named
+    ]
     adapter = sum(module.parameters for module in modules)
     total = sum(parameter.numel() for parameter in model.parameters())
     return Plan(

@@ -94,9 +94,27 @@ def read(files: Sequence[Path], recipe: DataRecipe) -> Dataset:
     try:
         return load_dataset(builder, data_files={"train": [str(file) for file in files]}, split="train", **options)
     except (DatasetGenerationError, OSError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip().rstrip(".")
         raise DataError(
-            f"data.source: {_names(files)} cannot be read as {builder}: {error.__cause__ or error}"
+            f"data.source: {_names(files)} cannot be read as {_format(files[0], builder)}: {reason}."
+            f"{_quoting_advice(files, recipe, builder)}"
         ) from error
+
+
+def _quoting_advice(files: Sequence[Path], recipe: DataRecipe, builder: str) -> str:
+    """What to try where quotation marks may be part of the text, found by trying it."""
+    if builder != "csv" or not recipe.quoting:
+        return ""
+    try:
+        read(files, recipe.model_copy(update={"quoting": False}))
+    except DataError:
+        return ""
+    return " With its quotation marks as part of the text it can be read: try data.quoting: false."
+
+
+def _format(file: Path, builder: str) -> str:
+    """The format by the name that its files go by."""
+    return "tsv" if file.suffix.lower() == ".tsv" else builder
 
 
 def choose_split(names: Iterable[str], asked: str | None, usual: Sequence[str]) -> str | None:
@@ -214,7 +232,7 @@ def _first_rows(file: Path, recipe: DataRecipe) -> tuple[list[str], list[str]]:
             first = next(filled, None)
             second = next(filled, []) if recipe.header else first
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"data.source: '{file.name}' cannot be read as csv: {error}") from error
+            raise DataError(f"data.source: '{file.name}' cannot be read as {_format(file, 'csv')}: {error}") from error
     if first is None or second is None:
         raise DataError(f"data.source: '{file.name}' is empty.")
     return first, second

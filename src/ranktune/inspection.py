@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ class Inspection:
     Attributes:
         path: its folder. method: ours, or ``lora``, ``dora``, ``adalora`` of stock PEFT. peft_type: in its config.
         base_model, task_type: from its config. r, lora_alpha: likewise.
-        nbytes: of all tensors. parameters: numbers in them.
+        nbytes: of all tensors. parameters: numbers in them; adapter_parameters: those that the modules have in use,
+            which a run's summary counts as active. The others are a head, and the record of ranks that ours have.
         modules: by name. trained_in_full: tensors beside the adapter (a head) and their shapes.
         history: every rank change of the run, where its ``ranks.json`` lies beside the folder.
     """
@@ -90,6 +92,7 @@ class Inspection:
     lora_alpha: float | None
     nbytes: int
     parameters: int
+    adapter_parameters: int
     modules: dict[str, ModuleInspection]
     trained_in_full: dict[str, tuple[int, ...]]
     history: list[dict[str, Any]]
@@ -117,7 +120,8 @@ def inspect(directory: str | Path) -> Inspection:
     adapter = load_saved_adapter(read_adapter(path))
     config = adapter.file.config
     with torch.no_grad():
-        modules = {name: _module(saved) for name, saved in adapter.modules.items()}
+        names = _in_model_order(adapter.modules, path.parent / "ranks.json")
+        modules = {name: _module(adapter.modules[name]) for name in names}
     return Inspection(
         path=str(path),
         method=adapter.method,
@@ -128,10 +132,28 @@ def inspect(directory: str | Path) -> Inspection:
         lora_alpha=config.get("lora_alpha"),
         nbytes=adapter.file.nbytes,
         parameters=sum(tensor.count for tensor in adapter.file.tensors.values()),
+        adapter_parameters=sum(_parameters(saved) for saved in adapter.modules.values()),
         modules=modules,
         trained_in_full={name: tuple(tensor.shape) for name, tensor in adapter.others.items()},
         history=_history(path.parent / "ranks.json"),
     )
+
+
+def _in_model_order(names: Iterable[str], ranks: Path) -> list[str]:
+    """As the run's ``ranks.json`` lists them; without one, by name, where layer 2 comes before layer 10."""
+    order = {name: place for place, name in enumerate(_ranks(ranks).get("final", ()))}
+    return sorted(names, key=lambda name: (order.get(name, len(order)), _numbered(name)))
+
+
+def _numbered(name: str) -> list[tuple[bool, int, str]]:
+    """Parts of a name that compare by number where they are numbers."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
+
+
+def _parameters(saved: SavedModule) -> int:
+    if saved.update is not None:
+        return saved.update.parameters_in_use
+    return sum(tensor.numel() for tensor in saved.tensors.values())
 
 
 def _module(saved: SavedModule) -> ModuleInspection:
@@ -193,11 +215,21 @@ def _range(values: Tensor) -> tuple[float, float]:
 
 def _history(path: Path) -> list[dict[str, Any]]:
     """The rank changes of a run, where it left them."""
+    try:
+        changes = _ranks(path).get("history", [])
+        return [{key: change[key] for key in ("step", "module", "old", "new")} for change in changes]
+    except (KeyError, TypeError) as error:
+        raise AdapterFileError(f"{path} is not what ranktune writes: {error!r}.") from error
+
+
+def _ranks(path: Path) -> dict[str, Any]:
+    """The ``ranks.json`` of a run, or nothing."""
     if not path.is_file():
-        return []
+        return {}
     try:
         ranks = json.loads(path.read_text(encoding="utf-8"))
-        changes = ranks["history"]
-        return [{key: change[key] for key in ("step", "module", "old", "new")} for change in changes]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not what ranktune writes: {error!r}.") from error
+    if not isinstance(ranks, dict) or not isinstance(ranks.get("final"), dict) or "history" not in ranks:
+        raise AdapterFileError(f"{path} is not what ranktune writes: it needs 'final' and 'history'.")
+    return ranks

@@ -1,0 +1,5 @@
+"""`python -m ranktune` is the `ranktune` command."""
+
+from ranktune.cli import main
+
+main()
