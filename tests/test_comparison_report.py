@@ -64,7 +64,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary,
             if score is not None:
                 _succeed(record, score, PARAMETERS[run.label])
             store.write(run, record)
-    _run_directory(store.folder / "dynamic-dora-final-lr0.01-seed0", moving=True)
+    _run_directory(store.folder / "dynamic-dora-final-lr0.00316-seed0", moving=True)
     _run_directory(store.folder / "dylora-final-lr0.001-seed0", moving=False)
     (store.folder / "dylora-final-lr0.001-seed0" / "rank_curve.csv").write_text(
         "rank,parameters,adapter_bytes,loss,accuracy\n1,500,2500,1.2,0.6\n2,1000,5000,1.1,0.69\n"
@@ -115,7 +115,7 @@ def test_summaries_are_what_the_records_say(comparison: tuple[Path, Summary, Sto
     methods = {method.label: method for method in summary.methods}
     assert list(methods) == list(SCORES)
     found = methods["dynamic-dora"]
-    assert found.rate == 0.01  # the best of the search
+    assert found.rate == 0.00316  # the best of the search
     assert methods["lora"].rate == 0.001
     assert found.scores == {0: 0.75, 1: 0.78, 2: 0.74}
     assert found.interval is not None

@@ -158,3 +158,9 @@ def test_registration_works_in_every_import_order():
         code = f"{start}; import peft; assert 'RANKTUNE' in peft.PeftType.__members__, 'not registered'"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{start}: {done.stderr}"
+
+
+def test_no_public_name_is_also_a_module():
+    """Importing a submodule sets its name on the package, over whatever was there."""
+    modules = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not modules & set(ranktune.__all__)

@@ -293,7 +293,7 @@ def test_a_loss_is_shown_at_the_step_it_is_of() -> None:
         max_steps=9, global_step=2, log_history=[{"loss": 4.0, "step": 1}, {"eval_loss": 3.0, "step": 2}]
     )
     callback = DisplayCallback(Recorder(), None)
-    callback.on_train_begin(args, state, TrainerControl())
+    callback.on_train_begin(args, state, TrainerControl(), model=model)
     for step, logged in ((3, False), (4, True), (5, False)):
         state.global_step = step
         callback.on_step_begin(args, state, TrainerControl())
