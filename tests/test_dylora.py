@@ -134,6 +134,11 @@ def test_a_run_that_is_short_for_frozen_components_is_told():
     assert DyLoraConfig(r=2, rank_distribution=[3, 1]).advice(2000) is None
     assert "about 250 of the 1,000 steps" in (DyLoraConfig(r=8, ranks=[1, 2, 4, 8]).advice(1000) or "")
     assert DyLoraConfig(r=8, update="all").advice(10) is None
+    # What it says to set can be set.
+    assert "(method.ranks=[1, 2, 4])" in (DyLoraConfig(r=4).advice(10) or "")
+    assert "(method.ranks=[4, 8, 12])" in (DyLoraConfig(r=12, min_r=3, block_size=2).advice(10) or "")
+    assert "method.ranks" not in (DyLoraConfig(r=4, ranks=[1, 2, 4]).advice(10) or "")
+    assert DyLoraConfig(r=12, min_r=3, block_size=2, ranks=[4, 8, 12]).nested_ranks == [4, 8, 12]
     assert RankConfig().advice(1) is None
 
 

@@ -170,6 +170,9 @@ def test_the_command(tmp_path, name):
     assert "trained in full beside it: head.bias, head.weight" in done.output
     assert {"dylora": "norm at ranks 1, 2, 4", "mor": "norm of each expert"}.get(name, "energy") in done.output
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    nowhere = CliRunner().invoke(app, ["inspect", str(tmp_path), "--png", str(tmp_path / "nowhere" / "ranks.png")])
+    assert nowhere.exit_code == 2
+    assert "there is no directory" in nowhere.output
     as_json = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"]).output)
     assert as_json["modules"].keys() == {"square", "wide", "narrow"}
     assert as_json["modules"]["wide"]["rank"] == ranktune.ranks(model)["wide"]

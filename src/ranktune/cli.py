@@ -735,6 +735,8 @@ def inspect(
     from ranktune.inspection import inspect as inspect_folder
     from ranktune.report.inspection import inspection_lines, module_table, rank_table
 
+    if png is not None and not png.absolute().parent.is_dir():
+        raise RecipeError(f"--png {png}: there is no directory {png.parent}.")
     found = inspect_folder(adapter)
     if png is not None:
         from ranktune.report.rank_map import rank_map_figure

@@ -155,10 +155,12 @@ class DyLoraConfig(RankConfig):
         rarest = min(weights) / sum(weights) * total_steps
         if rarest >= _FEW_STEPS:
             return None
+        fewer = [b for b in self.nested_ranks if b & (b - 1) == 0 or b == self.r]
+        ways = f"train fewer ranks (method.ranks={fewer}), " if len(fewer) < len(self.nested_ranks) else ""
         return (
             f"dylora, update=frozen: some components are trained in about {rarest:,.0f} of the {total_steps:,} steps "
-            f"only. Unless that is enough, train for longer (train.epochs), train fewer ranks (method.ranks=[1, 2, 4, "
-            "8]), or set method.update=all, which trains every component below the rank that is drawn."
+            f"only. Unless that is enough, train for longer (train.epochs), {ways}"
+            "or set method.update=all, which trains every component below the rank that is drawn."
         )
 
     def make_update(self, in_features: int, out_features: int, capacity: int) -> LowRankUpdate:
