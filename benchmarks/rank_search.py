@@ -43,7 +43,7 @@ from ranktune.run.atomic import write_json
 from ranktune.run.display import SilentDisplay
 from ranktune.training import train
 from ranktune.update import LowRankUpdate
-from sequence_tasks import SETTINGS, Case, Study, best_rate
+from sequence_tasks import SETTINGS, Case, Study, best_rate, spread
 from stepcost.machine import Machine
 
 ALPHA = 16.0
@@ -197,13 +197,8 @@ def table(result: dict[str, Any]) -> Table:
     for arm in ARMS:
         made.add_column(arm.label, justify="right")
     for b in result["scores"][SEPARATE.name]:
-        made.add_row(str(b), *(_spread(result["scores"][arm.name][b]) for arm in ARMS))
+        made.add_row(str(b), *(spread(result["scores"][arm.name][b]) for arm in ARMS))
     return made
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

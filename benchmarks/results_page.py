@@ -27,6 +27,8 @@ from ranktune.report.comparison.text import (
     verdict,
 )
 from ranktune.run.atomic import write_text
+from sequence_tasks import HEAD as SEQUENCE_HEAD
+from sequence_tasks import Row, spread
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
@@ -94,24 +96,13 @@ def _sequence(folder: Path) -> Iterator[str]:
     yield "## Sequences: pronunciation and Shakespeare"
     for path in (paths := sorted(folder.glob("*.json"))):
         found = _read(path)
-        rows = [
-            [
-                row["method"],
-                str(row["rank"]),
-                f"{row['parameters']:,}",
-                f"{row['learning_rate']:g}",
-                _spread(row["scores"]),
-                ", ".join(f"{score:.4f}" for score in row["scores"]),
-            ]
-            for row in found["rows"]
-        ]
         yield f"### {path.stem}"
         yield (
             f"{found['data']}; {found['metric'].replace('_', ' ')}, {found['before']:.4f} before training; "
             f"{found['steps']:,} optimizer steps. {_where(found['environment'])}"
         )
         yield _command(found["environment"])
-        yield markdown_table((["method", "rank", "parameters", "learning rate", "mean ± sd", "each seed"], rows))
+        yield markdown_table((SEQUENCE_HEAD, [Row(**row).cells() for row in found["rows"]]))
     if not paths:
         yield "Not run yet."
 
@@ -130,7 +121,7 @@ def _rank_search(folder: Path) -> Iterator[str]:
         yield markdown_table(
             (
                 ["rank", *arms],
-                [[b, *(_spread(found["scores"][arm][b]) for arm in arms)] for b in found["scores"][arms[0]]],
+                [[b, *(spread(found["scores"][arm][b]) for arm in arms)] for b in found["scores"][arms[0]]],
             )
         )
         cost = {arm: statistics.mean(seconds) for arm, seconds in found["cpu_seconds"].items()}
@@ -183,11 +174,6 @@ def _where(environment: dict[str, Any]) -> str:
 
 def _command(environment: dict[str, Any]) -> str:
     return f"`RANKTUNE_DATA=data python benchmarks/{environment['command']}`"
-
-
-def _spread(scores: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.4f}{deviation}"
 
 
 def main(

@@ -200,6 +200,12 @@ def _powers_of_two(rank: int) -> list[int]:
     return [*(2**power for power in range(rank.bit_length()) if 2**power < rank), rank]
 
 
+def spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation, as text."""
+    deviation = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.4f}{deviation}"
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table: what one way of training scored at a rank, a score for each seed."""
@@ -210,17 +216,11 @@ class Row:
     learning_rate: float
     scores: list[float]
 
-    @property
-    def mean(self) -> float:
-        """Over the seeds."""
-        return statistics.mean(self.scores)
-
     def cells(self) -> list[str]:
         """As text: method, rank, parameters, learning rate, mean and standard deviation, every seed."""
-        spread = f" ± {statistics.stdev(self.scores):.4f}" if len(self.scores) > 1 else ""
         every = ", ".join(f"{score:.4f}" for score in self.scores)
         rank, parameters, rate = str(self.rank), f"{self.parameters:,}", f"{self.learning_rate:g}"
-        return [self.method, rank, parameters, rate, f"{self.mean:.4f}{spread}", every]
+        return [self.method, rank, parameters, rate, spread(self.scores), every]
 
 
 HEAD = ["method", "rank", "parameters", "learning rate", "mean ± sd", "each seed"]

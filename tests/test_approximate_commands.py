@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import peft
@@ -17,7 +16,7 @@ from ranktune.cli import app
 from ranktune.errors import ExportError
 from ranktune.exporting import export_trained
 from ranktune.merging import merge_trained
-from ranktune.verification import in_stock_peft, proof
+from ranktune.verification import proof
 from ranktune.verification.opening import open_trained
 from tests.tiny import LINEAR_MODULES, write_everything, write_recipe
 
@@ -35,12 +34,6 @@ def trained(tmp_path_factory):
     done = command("train", write_recipe(folder, method=method, train={"epochs": 4}), "--quiet")
     assert done.exit_code == 0, done.output
     return folder
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """The other process's work, done in this one: seconds faster, and no proof."""
-    monkeypatch.setattr(proof, "run_elsewhere", lambda file: in_stock_peft.do(json.loads(file.read_text())))
 
 
 @pytest.fixture(scope="module")

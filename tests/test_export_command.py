@@ -43,12 +43,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """The other process's work, done in this one: seconds faster, and no proof."""
-    monkeypatch.setattr(proof, "run_elsewhere", lambda file: in_stock_peft.do(json.loads(file.read_text())))
-
-
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """A tiny GPT-2 folder (Conv1D, tied weights, generation settings, bfloat16) and an adapter for it."""

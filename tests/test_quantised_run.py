@@ -30,7 +30,6 @@ from ranktune.run.model import pretrained
 from ranktune.run.prepare import prepare
 from ranktune.run.quantization import quantization_config, unquantised
 from ranktune.tuner import RankLayer
-from ranktune.verification import in_stock_peft, proof
 from tests.quantised import quantise
 from tests.tiny import LINEAR_MODULES, write_data, write_model, write_recipe
 
@@ -53,19 +52,6 @@ def refused(*arguments):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2, result.output
     return result.stderr
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """The other process's work, done in this one: seconds faster, and no proof. A list of the jobs."""
-    jobs = []
-
-    def do(file):
-        jobs.append(json.loads(file.read_text()))
-        in_stock_peft.do(jobs[-1])
-
-    monkeypatch.setattr(proof, "run_elsewhere", do)
-    return jobs
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,11 @@ from typer.testing import CliRunner
 from ranktune.cli import app
 from ranktune.errors import RecipeError
 from ranktune.squeezed_run import budget_of, squeeze_trained
-from ranktune.verification import in_stock_peft, proof
 from tests.tiny import LINEAR_MODULES, write_everything, write_model, write_recipe
 
 
 def command(*arguments):
     return CliRunner().invoke(app, ["squeeze", *map(str, arguments)])
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """The other process's work, done in this one: seconds faster, and no proof."""
-    monkeypatch.setattr(proof, "run_elsewhere", lambda file: in_stock_peft.do(json.loads(file.read_text())))
 
 
 @pytest.fixture(scope="module")

@@ -171,6 +171,10 @@ def _late_of(update: GrowingUpdate, step: int, keep_vectors: bool) -> Iterator[_
         yield _Late.of(update.required_gate(), 0, update.start_rank, gates, True)
 
 
+def _is_plain_adam(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and not group.get("amsgrad", False)
+
+
 def _is_eight_bit_adam(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("bitsandbytes") and "Adam" in type(optimizer).__name__
 
@@ -193,7 +197,7 @@ def _moments(
     optimizer: Optimizer, group: dict[str, Any], parts: Sequence[_Late]
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """Adam's first and second moments of the parts, or None where it is not Adam or does not keep them as they are."""
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or group.get("amsgrad", False):
+    if not _is_plain_adam(optimizer, group):
         return None
     states = [optimizer.state[late.parameter] for late in parts]
     if not all("exp_avg" in state and "exp_avg_sq" in state for state in states):
@@ -219,8 +223,7 @@ def _fresh_step(
 
 def _limit_of_gain(optimizer: Optimizer, group: dict[str, Any], parts: Sequence[_Late], ages: Tensor) -> Tensor | float:
     """c where eps does not count, for an Adam whose moments cannot be read; else 1."""
-    hidden = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and not group.get("amsgrad", False)
-    if not hidden and not _is_eight_bit_adam(optimizer):
+    if not _is_plain_adam(optimizer, group) and not _is_eight_bit_adam(optimizer):
         return 1.0
     beta1, beta2 = (float(beta) for beta in group["betas"])
     # The parameters of an adapter are stepped together.

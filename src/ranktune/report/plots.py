@@ -9,7 +9,13 @@ from matplotlib.figure import Figure
 from ranktune.report.curves import Event, loss_figure, metric_figure
 from ranktune.report.expert_use import expert_use_figure, router_entropy_figure
 from ranktune.report.rank_curve import drawn_figure
-from ranktune.report.rank_history import budget_figure, importance_figure, rank_history, rank_history_figure
+from ranktune.report.rank_history import (
+    budget_figure,
+    budget_steps,
+    importance_figure,
+    rank_history,
+    rank_history_figure,
+)
 from ranktune.report.rank_map import rank_map_figure
 from ranktune.report.style import save
 from ranktune.run.directory import RunDirectory
@@ -51,14 +57,9 @@ def _movement(directory: RunDirectory, events: list[Event], ranks: dict, run: st
     history = rank_history(ranks["final"], ranks["history"], last_step)
     budget, over_time, importance = directory.movement_pictures
     drawn = {
-        budget: budget_figure(history, ranks.get("budget") or _logged_budget(events), f"Total rank: {run}"),
+        budget: budget_figure(history, budget_steps(ranks, events), f"Total rank: {run}"),
         over_time: rank_history_figure(history, f"Rank of each module over time: {run}"),
     }
     if "importance" in ranks:
         drawn[importance] = importance_figure(ranks["importance"], f"Importance: {run}")
     return drawn
-
-
-def _logged_budget(events: list[Event]) -> list[tuple[int, int]]:
-    """The budget where it was logged, for a method whose schedule is not ours to ask."""
-    return [(event["step"], event["rank_budget"]) for event in events if event.get("rank_budget") is not None]

@@ -36,6 +36,13 @@ def rank_history(final: Mapping[str, int], changes: Sequence[Mapping[str, Any]],
     return RankHistory(list(final), steps, ranks)
 
 
+def budget_steps(ranks: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Step and value where a run's budget changed, from `ranks.json`; of another's schedule, where it was logged."""
+    return ranks.get("budget") or [
+        (event["step"], event["rank_budget"]) for event in events if event.get("rank_budget") is not None
+    ]
+
+
 def budget_figure(history: RankHistory, budget: Sequence[tuple[int, int]], title: str) -> Figure:
     """The total rank after every change, and the budget it had to meet: step and value where that changed."""
     figure, axes = new_figure(7.2, 4.2)

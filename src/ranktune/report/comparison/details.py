@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ranktune.report.rank_history import RankHistory, rank_history
+from ranktune.report.rank_history import RankHistory, budget_steps, rank_history
 from ranktune.run.directory import RunDirectory
 
 
@@ -19,14 +19,14 @@ class MethodDetails:
 
     Attributes:
         history: ranks of every module over time, None where it has no ranks.
-        budget: (step, components allowed) as logged.
+        budget: (step, components allowed) where that changed.
         kept, dropped: importance of components, or of modules, at the end.
         curve: rows of DyLoRA's rank_curve.csv. experts: module to the mean gate of each of MoR's experts.
     """
 
     seed: int
     history: RankHistory | None = None
-    budget: list[tuple[int, float]] = field(default_factory=list)
+    budget: list[tuple[int, int]] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
     dropped: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -44,7 +44,7 @@ def read_details(folder: Path, seed: int) -> MethodDetails:
     return MethodDetails(
         seed=seed,
         history=_thinned(rank_history(ranks["final"], ranks["history"], last)) if ranks["final"] else None,
-        budget=[(event["step"], event["rank_budget"]) for event in events if event.get("rank_budget") is not None],
+        budget=budget_steps(ranks, events),
         kept=[score for module in importance.values() for score in module["kept"]],
         dropped=[score for module in importance.values() for score in module["dropped"]],
         curve=_curve(directory.rank_curve),

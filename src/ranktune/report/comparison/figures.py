@@ -191,7 +191,7 @@ def budget(details: MethodDetails) -> go.Figure:
     if details.budget and max(value for _, value in details.budget) <= 2 * max(total, default=0):
         # A budget in parameters has another unit.
         steps, values = zip(*details.budget, strict=True)
-        figure.add_scatter(x=steps, y=values, line={"dash": "dash", "color": ORANGE}, name="budget")
+        figure.add_scatter(x=steps, y=values, line={"shape": "hv", "dash": "dash", "color": ORANGE}, name="budget")
     return figure.update_layout(yaxis={"rangemode": "tozero"}, showlegend=True)
 
 
