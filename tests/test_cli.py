@@ -125,7 +125,7 @@ def test_progress_and_summary_are_printed(recipe: Path) -> None:
 
 def test_evaluate_gives_exactly_the_same_score_in_a_new_process(trained: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ranktune.cli", "evaluate", str(trained / "out"), "--json"],
+        [sys.executable, "-m", "ranktune", "evaluate", str(trained / "out"), "--json"],
         capture_output=True, text=True, check=True, cwd=trained,
     )  # fmt: skip
     assert done.stderr == ""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import ranktune
+from ranktune.cli import app
 
 SOURCE = Path(ranktune.__file__).parent
 
@@ -75,9 +76,8 @@ FLOORS = [
         "evaluation",
         "rank_curve",
         "truncation",
-        "cli",
-        "__main__",
     },
+    {"cli", "__main__"},
 ]
 # What pure maths may import besides the standard library.
 FLOOR_0_LIBRARIES = {"torch", "ranktune"}
@@ -126,6 +126,16 @@ def test_methods_do_not_import_each_other():
     for name, path in modules().items():
         if name.startswith("methods."):
             assert not [i for i in imports(path) if i.startswith("ranktune.methods")], name
+
+
+def test_a_command_stands_in_the_file_of_its_name_and_imports_no_other():
+    commands = {command.callback.__name__: command.callback for command in app.registered_commands}
+    for name, function in commands.items():
+        assert function.__module__ == f"ranktune.cli.{name}"
+    inside = {name: path for name, path in modules().items() if name.startswith("cli.")}
+    for name, path in inside.items():
+        above = {f"ranktune.cli.{command}" for command in commands} | {"ranktune.cli"}
+        assert not imports(path) & above, f"{name} imports a command"
 
 
 def test_the_ground_floor_is_pure_torch():

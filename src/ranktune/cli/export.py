@@ -1,0 +1,59 @@
+"""`ranktune export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ranktune.cli.options import Approximate, Debug, ProfileName, Quiet, Trained
+from ranktune.cli.refusals import refusals_are_messages
+from ranktune.cli.startup import share_the_cores
+
+
+@refusals_are_messages
+def export(
+    trained: Trained,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder to make. Default: OUT-uniform or OUT-compact.", show_default=False),
+    ] = None,
+    profile: Annotated[
+        ProfileName, typer.Option(help="One rank for all modules, or its own rank for each.")
+    ] = ProfileName.uniform,
+    rank: Annotated[
+        int | None, typer.Option(help="Of a nested adapter (dylora): the rank to cut it at.", show_default=False)
+    ] = None,
+    svd_rank: Annotated[
+        int | None,
+        typer.Option(help="Approximate by a LoRA of at most this rank per module.", show_default=False),
+    ] = None,
+    approximate: Approximate = None,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+) -> None:
+    """Write a trained adapter as plain LoRA, for PEFT, vLLM, TGI, llama.cpp and others.
+
+    The result is loaded in a fresh process by stock PEFT, without ranktune,
+    and its outputs on real inputs are compared before it is kept. The uniform
+    profile (one rank, filled with zeros) is exact in every engine; compact
+    keeps each module's own rank, for PEFT and diffusers. A weight-decomposed
+    adapter becomes a PEFT DoRA, or with --svd-rank a LoRA with a known error.
+    A mor adapter is refused, or approximated with --approximate mean_gate.
+
+    [bold]Examples[/bold]
+
+        ranktune export runs/first
+
+        ranktune export runs/first --profile compact --out adapters/first
+    """
+    share_the_cores()
+    from ranktune.exporting import export_trained
+    from ranktune.report.exports import export_lines
+
+    folder = out or trained.resolve().with_name(f"{trained.resolve().name}-{profile.value}")
+    result = export_trained(trained, folder, profile.value, rank, svd_rank, approximate)
+    if not quiet:
+        for line in export_lines(result, folder):
+            typer.echo(line)

@@ -1,0 +1,91 @@
+"""`ranktune squeeze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ranktune.cli.console import standard_output
+from ranktune.cli.options import Debug, ProfileName, Quiet
+from ranktune.cli.refusals import refusals_are_messages
+from ranktune.cli.startup import share_the_cores
+
+
+@refusals_are_messages
+def squeeze(
+    trained: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="The folder of an adapter, ours or stock PEFT's, or a run's output directory.",
+            show_default=False,
+        ),
+    ],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What may be kept: rank=64 and params=100000 are of all modules together, energy=90% is of the "
+            "updates' squared norm.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder to make. Default: such as ADAPTER-rank64.", show_default=False),
+    ] = None,
+    profile: Annotated[
+        ProfileName, typer.Option(help="One rank for all modules, or its own rank for each.")
+    ] = ProfileName.compact,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare outputs on this base model: a folder, a hub name, all-minilm. A run knows its own.",
+            show_default=False,
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="With --base: inputs to compare on, one text a line.", show_default=False),
+    ] = None,
+    outputs: Annotated[bool, typer.Option(help="Compare outputs, where the base model and data are known.")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON.", rich_help_panel="Output")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+) -> None:
+    """Recompress a trained adapter: a plain LoRA whose ranks are chosen for it under one budget.
+
+    Each update is taken by its singular values, which needs its factors alone,
+    neither its base model nor a dense matrix; of all modules together the
+    components with the most energy are kept, and modules with none are left
+    out. A weight-decomposed adapter stays one, with at least one component in
+    every module.
+
+    [bold]Examples[/bold]
+
+        ranktune squeeze runs/first --budget rank=64
+
+        ranktune squeeze adapters/someone-elses --budget energy=95% --out adapters/small
+
+        ranktune squeeze adapters/someone-elses --budget params=500000 --base all-minilm --texts mine.txt
+    """
+    import json
+    from dataclasses import asdict
+
+    share_the_cores()
+    from ranktune.report.squeezing import squeezed_lines, squeezed_table
+    from ranktune.squeezed_run import budget_of, squeeze_trained
+
+    wanted = budget_of(budget)
+    ending = "".join(character for character in budget if character.isalnum() or character == ".")
+    folder = out or trained.resolve().with_name(f"{trained.resolve().name}-{ending}")
+    result = squeeze_trained(trained, folder, wanted, profile.value, base=base, texts=texts, outputs=outputs)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+    elif not quiet:
+        standard_output().print(squeezed_table(result.squeezed))
+        for line in squeezed_lines(result, folder):
+            typer.echo(line)
