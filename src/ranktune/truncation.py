@@ -16,6 +16,7 @@ from ranktune.plain_lora import Profile
 from ranktune.rank_budget import ranks_by_energy, ranks_by_loss
 from ranktune.rank_curve import RankCurve, curve_of
 from ranktune.rank_setting import at_rank, refuse_untrained_rank, trained_ranks
+from ranktune.run.directory import folder_beside
 from ranktune.run.display import Display
 
 By = Literal["energy", "loss"]
@@ -126,7 +127,7 @@ def truncate(
             parameters = ranktune.active_parameters(model)
             highest = max(ranktune.ranks(model).values())
     name = f"rank{rank}" if budget is None else f"budget{budget}"
-    folder = out or output.resolve().with_name(f"{output.resolve().name}-{name}")
+    folder = out or folder_beside(output, name)
     written = export_trained(output, folder, profile or ("uniform" if budget is None else "compact"), ranks or rank)
     return Truncated(folder, highest, parameters, written, curve, spending, scorer.same_data)
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from ranktune.cli import compare, evaluate, export, inspect, merge, plot, squeeze, train, truncate
-from ranktune.cli.startup import silence_chatty_libraries
+from ranktune.cli.refusals import refusals_are_messages
+from ranktune.cli.startup import share_the_cores, silence_chatty_libraries
 
 app = typer.Typer(
     name="ranktune",
@@ -32,7 +33,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def ranktune_command(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001  (its callback acts)
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
@@ -47,18 +48,22 @@ def ranktune_command(
 
     and started with [bold]ranktune train recipe.yaml[/bold].
     """
+    share_the_cores()
 
 
 # In the order of the help.
-app.command()(train.train)
-app.command()(evaluate.evaluate)
-app.command()(compare.compare)
-app.command()(plot.plot)
-app.command()(truncate.truncate)
-app.command()(export.export)
-app.command()(merge.merge)
-app.command()(squeeze.squeeze)
-app.command()(inspect.inspect)
+for command in (
+    train.train,
+    evaluate.evaluate,
+    compare.compare,
+    plot.plot,
+    truncate.truncate,
+    export.export,
+    merge.merge,
+    squeeze.squeeze,
+    inspect.inspect,
+):
+    app.command()(refusals_are_messages(command))
 
 
 def main() -> None:

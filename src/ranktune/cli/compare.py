@@ -9,11 +9,8 @@ import typer
 
 from ranktune.cli.console import standard_output
 from ranktune.cli.options import Debug, Quiet
-from ranktune.cli.refusals import refusals_are_messages
-from ranktune.cli.startup import share_the_cores
 
 
-@refusals_are_messages
 def compare(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe file.", show_default=False)],
     overrides: Annotated[
@@ -39,7 +36,7 @@ def compare(
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train runs again that failed.")] = False,
     quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Compare methods on the recipe's data, at equal parameters and each at its best learning rate.
 
@@ -57,7 +54,6 @@ def compare(
 
         ranktune compare my.yaml --methods "lora,mor\\[num_experts=4]" --no-search train.epochs=1
     """
-    share_the_cores()
     from ranktune.compare.command import compare_recipe
     from ranktune.compare.driver import Options
     from ranktune.compare.methods import default_methods, parse_methods

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ranktune.cli.console import standard_output, warn_unless_same_data
-from ranktune.cli.options import Debug, Quiet, SplitName
-from ranktune.cli.refusals import refusals_are_messages
-from ranktune.cli.startup import share_the_cores
+from ranktune.cli.options import Debug, Finished, Json, Quiet, SplitName
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@refusals_are_messages
 def evaluate(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A run's output directory.", show_default=False)],
+    output: Finished,
     split: Annotated[SplitName, typer.Option(help="Which examples to score on.")] = SplitName.evaluation,
     ranks: Annotated[
         str | None,
@@ -26,11 +25,9 @@ def evaluate(
             help="Of a nested adapter (dylora): the ranks to score it at, 'all' or such as 1,2,4.", show_default=False
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the scores as JSON.", rich_help_panel="Output")
-    ] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Score a finished run again, from its recipe, its adapter and the base model.
 
@@ -46,9 +43,6 @@ def evaluate(
 
         ranktune evaluate runs/first --split train --json
     """
-    import json
-
-    share_the_cores()
     from ranktune.evaluation import evaluate as evaluate_run
     from ranktune.report.tables import scores_table
     from ranktune.run.display import showing
@@ -69,9 +63,6 @@ def evaluate(
 
 def _score_ranks(console: Console, output: Path, ranks: str, split: SplitName, as_json: bool, quiet: bool) -> None:
     """Show the scores at each rank, and leave them as CSV and as a picture beside the run."""
-    import json
-    from dataclasses import asdict
-
     from ranktune.rank_curve import rank_curve, save_curve
     from ranktune.report.rank_curve import rank_curve_figure, rank_curve_table
     from ranktune.report.style import save

@@ -7,21 +7,16 @@ from typing import Annotated
 
 import typer
 
-from ranktune.cli.options import Approximate, Debug, ProfileName, Quiet, Trained
-from ranktune.cli.refusals import refusals_are_messages
-from ranktune.cli.startup import share_the_cores
+from ranktune.cli.options import Approximate, Debug, Profile, ProfileName, Quiet, Trained
 
 
-@refusals_are_messages
 def export(
     trained: Trained,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="The folder to make. Default: OUT-uniform or OUT-compact.", show_default=False),
     ] = None,
-    profile: Annotated[
-        ProfileName, typer.Option(help="One rank for all modules, or its own rank for each.")
-    ] = ProfileName.uniform,
+    profile: Profile = ProfileName.uniform,
     rank: Annotated[
         int | None, typer.Option(help="Of a nested adapter (dylora): the rank to cut it at.", show_default=False)
     ] = None,
@@ -31,7 +26,7 @@ def export(
     ] = None,
     approximate: Approximate = None,
     quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Write a trained adapter as plain LoRA, for PEFT, vLLM, TGI, llama.cpp and others.
 
@@ -48,11 +43,11 @@ def export(
 
         ranktune export runs/first --profile compact --out adapters/first
     """
-    share_the_cores()
     from ranktune.exporting import export_trained
     from ranktune.report.exports import export_lines
+    from ranktune.run.directory import folder_beside
 
-    folder = out or trained.resolve().with_name(f"{trained.resolve().name}-{profile.value}")
+    folder = out or folder_beside(trained, profile.value)
     result = export_trained(trained, folder, profile.value, rank, svd_rank, approximate)
     if not quiet:
         for line in export_lines(result, folder):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ranktune.cli.console import standard_output
-from ranktune.cli.options import Debug
-from ranktune.cli.refusals import refusals_are_messages
+from ranktune.cli.options import Debug, Json
 from ranktune.errors import RecipeError
 
 
-@refusals_are_messages
 def inspect(
     adapter: Annotated[
         Path,
@@ -21,11 +20,9 @@ def inspect(
             metavar="PATH", help="The folder of an adapter, or a run's output directory.", show_default=False
         ),
     ],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON.", rich_help_panel="Output")
-    ] = False,
+    as_json: Json = False,
     png: Annotated[Path | None, typer.Option(help="Draw the ranks into this file as well.", show_default=False)] = None,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Show what is inside a saved adapter, ours or stock PEFT's LoRA, DoRA or AdaLoRA.
 
@@ -39,8 +36,6 @@ def inspect(
 
         ranktune inspect adapters/someone-elses --png ranks.png --json
     """
-    import json
-
     from ranktune.inspection import inspect as inspect_folder
     from ranktune.report.inspection import inspection_lines, module_table, rank_table
 

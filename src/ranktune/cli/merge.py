@@ -8,11 +8,8 @@ from typing import Annotated
 import typer
 
 from ranktune.cli.options import Approximate, Debug, Quiet, Trained
-from ranktune.cli.refusals import refusals_are_messages
-from ranktune.cli.startup import share_the_cores
 
 
-@refusals_are_messages
 def merge(
     trained: Trained,
     out: Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)],
@@ -26,7 +23,7 @@ def merge(
         bool, typer.Option("--dequantize", help="Merge a quantised base model's dequantised weights.")
     ] = False,
     quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Build a trained adapter into its base model: a folder that from_pretrained loads without PEFT.
 
@@ -39,7 +36,6 @@ def merge(
 
         ranktune merge runs/first --out models/first --dtype bfloat16
     """
-    share_the_cores()
     from ranktune.merging import merge_trained
     from ranktune.report.exports import merge_lines
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a refusal.", rich_help_panel="Output")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel="Output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel="Output")]
 
 
@@ -26,6 +27,9 @@ class SplitName(str, Enum):
     train = "train"
 
 
+Profile = Annotated[ProfileName, typer.Option(help="One rank for all modules, or its own rank for each.")]
+
+Finished = Annotated[Path, typer.Argument(metavar="OUT", help="A run's output directory.", show_default=False)]
 Trained = Annotated[
     Path,
     typer.Argument(metavar="OUT", help="A run's output directory, or the folder of an adapter.", show_default=False),

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from ranktune.cli.options import Debug, Quiet
-from ranktune.cli.refusals import refusals_are_messages
+from ranktune.cli.options import Debug, Finished, Quiet
 
 
-@refusals_are_messages
 def plot(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A run's output directory.", show_default=False)],
+    output: Finished,
     quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Draw a run's pictures again from its log: loss, metric, and the rank of every module.
 

@@ -15,7 +15,10 @@ EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
 
 
 def refusals_are_messages(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what the user's input caused into one message on stderr and exit code 2; anything else stays a traceback."""
+    """Turn what the user's input caused into one message on stderr and exit code 2; anything else stays a traceback.
+
+    For every command; it reads the command's ``debug``.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, debug: bool, **kwargs: Any) -> None:

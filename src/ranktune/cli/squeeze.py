@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ranktune.cli.console import standard_output
-from ranktune.cli.options import Debug, ProfileName, Quiet
-from ranktune.cli.refusals import refusals_are_messages
-from ranktune.cli.startup import share_the_cores
+from ranktune.cli.options import Debug, Json, Profile, ProfileName, Quiet
 
 
-@refusals_are_messages
 def squeeze(
     trained: Annotated[
         Path,
@@ -35,9 +34,7 @@ def squeeze(
         Path | None,
         typer.Option("--out", help="The folder to make. Default: such as ADAPTER-rank64.", show_default=False),
     ] = None,
-    profile: Annotated[
-        ProfileName, typer.Option(help="One rank for all modules, or its own rank for each.")
-    ] = ProfileName.compact,
+    profile: Profile = ProfileName.compact,
     base: Annotated[
         str | None,
         typer.Option(
@@ -50,11 +47,9 @@ def squeeze(
         typer.Option(help="With --base: inputs to compare on, one text a line.", show_default=False),
     ] = None,
     outputs: Annotated[bool, typer.Option(help="Compare outputs, where the base model and data are known.")] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON.", rich_help_panel="Output")
-    ] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Recompress a trained adapter: a plain LoRA whose ranks are chosen for it under one budget.
 
@@ -72,16 +67,13 @@ def squeeze(
 
         ranktune squeeze adapters/someone-elses --budget params=500000 --base all-minilm --texts mine.txt
     """
-    import json
-    from dataclasses import asdict
-
-    share_the_cores()
     from ranktune.report.squeezing import squeezed_lines, squeezed_table
+    from ranktune.run.directory import folder_beside
     from ranktune.squeezed_run import budget_of, squeeze_trained
 
     wanted = budget_of(budget)
     ending = "".join(character for character in budget if character.isalnum() or character == ".")
-    folder = out or trained.resolve().with_name(f"{trained.resolve().name}-{ending}")
+    folder = out or folder_beside(trained, ending)
     result = squeeze_trained(trained, folder, wanted, profile.value, base=base, texts=texts, outputs=outputs)
     if as_json:
         typer.echo(json.dumps(asdict(result)))

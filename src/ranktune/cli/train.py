@@ -11,15 +11,13 @@ import typer
 
 from ranktune.cli.console import standard_output
 from ranktune.cli.options import Debug, Quiet
-from ranktune.cli.refusals import EXIT_INTERRUPTED, refusals_are_messages
-from ranktune.cli.startup import share_the_cores
+from ranktune.cli.refusals import EXIT_INTERRUPTED
 from ranktune.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@refusals_are_messages
 def train(
     recipe: Annotated[
         Path | None,
@@ -55,7 +53,7 @@ def train(
         ),
     ] = False,
     quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Train what a recipe describes, and score it before and after.
 
@@ -74,7 +72,6 @@ def train(
 
         ranktune train --resume runs/first
     """
-    share_the_cores()
     if resume is not None:
         _resume(resume, recipe, overrides or [], replan=replan, barred=dry_run or overwrite, quiet=quiet)
         return

@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from ranktune.cli.console import standard_output, warn_unless_same_data
-from ranktune.cli.options import Debug, ProfileName, Quiet, SplitName
-from ranktune.cli.refusals import refusals_are_messages
-from ranktune.cli.startup import share_the_cores
+from ranktune.cli.options import Debug, Finished, ProfileName, Quiet, SplitName
 
 
 class BudgetBy(str, Enum):
@@ -21,9 +19,8 @@ class BudgetBy(str, Enum):
     loss = "loss"
 
 
-@refusals_are_messages
 def truncate(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A run's output directory.", show_default=False)],
+    output: Finished,
     rank: Annotated[int | None, typer.Option(help="The rank to cut at.", show_default=False)] = None,
     within: Annotated[
         str | None,
@@ -58,7 +55,7 @@ def truncate(
         typer.Option("--out", help="The folder to make. Default: OUT-rankB or OUT-budgetN.", show_default=False),
     ] = None,
     quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - read by the decorator
+    debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
     """Cut a nested adapter (dylora) at a rank, and write it as a plain LoRA that needs no ranktune.
 
@@ -75,7 +72,6 @@ def truncate(
 
         ranktune truncate runs/nested --budget 50000 --evaluations 150
     """
-    share_the_cores()
     from ranktune.report.rank_curve import rank_curve_table, spending_table, truncated_lines
     from ranktune.run.display import showing
     from ranktune.truncation import truncate as truncate_run

@@ -205,3 +205,9 @@ def _remove(item: Path) -> None:
         shutil.rmtree(item)
     else:
         item.unlink()
+
+
+def folder_beside(trained: Path, ending: str) -> Path:
+    """Where something made of a run or of an adapter goes unless another folder is named: NAME-ending beside it."""
+    whole = trained.resolve()
+    return whole.with_name(f"{whole.name}-{ending}")
