@@ -41,3 +41,15 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(proof, "run_elsewhere", do)
     return jobs
+
+
+@pytest.fixture(scope="module")
+def nested_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `tests.tiny.write_nested_recipe` with the finished run in `out`."""
+    from tests.command_line import command
+    from tests.tiny import write_nested_recipe
+
+    folder = tmp_path_factory.mktemp("nested")
+    done = command("train", write_nested_recipe(folder), "--quiet")
+    assert done.exit_code == 0, done.output
+    return folder

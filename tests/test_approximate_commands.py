@@ -9,20 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
-from typer.testing import CliRunner
 
 from ranktune import ConfigError, mean_gate, merging
-from ranktune.cli import app
 from ranktune.errors import ExportError
 from ranktune.exporting import export_trained
 from ranktune.merging import merge_trained
 from ranktune.verification import proof
 from ranktune.verification.opening import open_trained
+from tests.command_line import command
 from tests.tiny import LINEAR_MODULES, write_everything, write_recipe
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

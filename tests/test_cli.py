@@ -14,21 +14,18 @@ import pytest
 import typer.core
 import typer.main
 import yaml
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from ranktune.cli import app
+from tests.command_line import command
 from tests.tiny import LINEAR_MODULES, write_data, write_everything, write_recipe
 
 FILES = {"adapter", "checkpoints", "log.jsonl", "loss.png", "metric.png", "metrics.json", "ranks.json", "ranks.png"}
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def refused(*arguments: object) -> str:
     """The message of a refusal, once it is known to be one."""
-    result = run(*arguments)
+    result = command(*arguments)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     assert result.stderr.startswith("error: ")
@@ -44,7 +41,7 @@ def recipe(tmp_path: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run in `out`; tests that change it work on a copy."""
     folder = tmp_path_factory.mktemp("trained")
-    result = run("train", write_everything(folder))
+    result = command("train", write_everything(folder))
     assert result.exit_code == 0, result.output
     return folder
 
@@ -64,14 +61,14 @@ def test_help_is_light_and_teaches() -> None:
     assert "HEAVY []" in done.stdout
     assert "train" in done.stdout
     assert "evaluate" in done.stdout
-    for command in ("train", "evaluate", "plot"):
-        shown = run(command, "--help").output
-        assert f"ranktune {command} " in shown
+    for name in ("train", "evaluate", "plot"):
+        shown = command(name, "--help").output
+        assert f"ranktune {name} " in shown
         assert "Example" in shown
 
 
 def test_version() -> None:
-    result = run("--version")
+    result = command("--version")
     assert result.exit_code == 0
     assert result.output.strip() == "ranktune 0.1.0"
 
@@ -102,7 +99,7 @@ def test_a_run_leaves_what_the_documentation_says(trained: Path) -> None:
 
 
 def test_the_written_recipe_trains_the_same_run_again(trained: Path, tmp_path: Path) -> None:
-    result = run("train", trained / "out" / "recipe.yaml", f"output={tmp_path / 'again'}", "--quiet")
+    result = command("train", trained / "out" / "recipe.yaml", f"output={tmp_path / 'again'}", "--quiet")
     assert result.exit_code == 0, result.output
     assert result.output == ""
     first, second = (
@@ -115,7 +112,7 @@ def test_the_written_recipe_trains_the_same_run_again(trained: Path, tmp_path: P
 
 
 def test_progress_and_summary_are_printed(recipe: Path) -> None:
-    result = run("train", recipe, "train.max_steps=10", "train.eval_every=never")
+    result = command("train", recipe, "train.max_steps=10", "train.eval_every=never")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert sum(line.startswith("step ") and "rank 26" in line and "samples/s" in line for line in lines) >= 8
@@ -135,7 +132,7 @@ def test_evaluate_gives_exactly_the_same_score_in_a_new_process(trained: Path) -
 
 
 def test_evaluate_prints_scores_beside_the_recorded_ones(trained: Path, tmp_path: Path) -> None:
-    result = run("evaluate", trained / "out")
+    result = command("evaluate", trained / "out")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     shown = next(line for line in result.stdout.splitlines() if "accuracy" in line)
@@ -147,13 +144,13 @@ def test_evaluate_prints_scores_beside_the_recorded_ones(trained: Path, tmp_path
     (tmp_path / "out" / "metrics.json").write_text(
         json.dumps({**metrics, "scores": {**metrics["scores"], "after": made_up}})
     )
-    table = run("evaluate", tmp_path / "out").stdout
+    table = command("evaluate", tmp_path / "out").stdout
     for name, value in made_up.items():
         (line,) = [line for line in table.splitlines() if f" {name.replace('_', ' ')} " in line]
         assert f"{value:.4f}" in line
         assert f"{metrics['scores']['after'][name]:.4f}" in line
-    assert json.loads(run("evaluate", tmp_path / "out", "--json").stdout)["recorded"] == made_up
-    train_split = run("evaluate", trained / "out", "--split", "train", "--json")
+    assert json.loads(command("evaluate", tmp_path / "out", "--json").stdout)["recorded"] == made_up
+    train_split = command("evaluate", trained / "out", "--split", "train", "--json")
     assert json.loads(train_split.stdout)["scores"] != metrics_of(trained)["scores"]["after"]
 
 
@@ -162,7 +159,7 @@ def test_evaluate_says_when_the_data_changed(trained: Path, tmp_path: Path) -> N
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     recipe["data"]["source"] = str(write_data(tmp_path / "data", rows=64))
     (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result = run("evaluate", tmp_path / "out")
+    result = command("evaluate", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "fingerprint changed" in result.stderr
 
@@ -173,7 +170,7 @@ def test_plot_draws_the_pictures_again(trained: Path, tmp_path: Path) -> None:
     before = [picture.read_bytes() for picture in pictures]
     for picture in pictures:
         picture.unlink()
-    result = run("plot", tmp_path / "out")
+    result = command("plot", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert [picture.read_bytes() for picture in pictures] == before
     assert all(picture.name in result.stdout for picture in pictures)
@@ -182,7 +179,7 @@ def test_plot_draws_the_pictures_again(trained: Path, tmp_path: Path) -> None:
 def test_dry_run_needs_no_weights_and_writes_nothing(recipe: Path) -> None:
     (recipe.parent / "model" / "model.safetensors").unlink()
     found = sorted(recipe.parent.rglob("*"))
-    result = run("train", recipe, "method.name=dora", "--dry-run")
+    result = command("train", recipe, "method.name=dora", "--dry-run")
     assert result.exit_code == 0, result.output
     assert sorted(recipe.parent.rglob("*")) == found
     printed, table = result.stdout.split("Modules to adapt")
@@ -195,7 +192,7 @@ def test_dry_run_needs_no_weights_and_writes_nothing(recipe: Path) -> None:
 
 
 def test_dry_run_counts_what_training_then_trains(trained: Path) -> None:
-    shown = " ".join(run("train", trained / "recipe.yaml", "--dry-run").stdout.split())
+    shown = " ".join(command("train", trained / "recipe.yaml", "--dry-run").stdout.split())
     metrics = metrics_of(trained)
     assert f"{metrics['trainable_params']:,} trainable parameters" in shown
     assert f"({metrics['active_params']:,} in the adapter" in shown
@@ -257,7 +254,7 @@ def test_lost_weights_are_refused_with_the_model_named(recipe: Path) -> None:
 
 
 def test_debug_adds_the_traceback(recipe: Path) -> None:
-    result = run("train", recipe, "train.epoch=1", "--debug")
+    result = command("train", recipe, "train.epoch=1", "--debug")
     assert result.exit_code == 2
     assert "Traceback" in result.stderr
     assert "'train.epoch'" in result.stderr
@@ -278,7 +275,7 @@ def test_a_run_is_replaced_only_on_request(trained: Path, tmp_path: Path) -> Non
     # A refused replacement must not cost the old run.
     assert "vlaue" in refused("train", recipe, "method.target_modules=[vlaue]", "--overwrite")
     assert (out / "metrics.json").read_bytes() == before
-    result = run("train", recipe, "--overwrite", "--quiet")
+    result = command("train", recipe, "--overwrite", "--quiet")
     assert result.exit_code == 0, result.output
     assert metrics_of(tmp_path)["method"] == "dora"
     assert (out / "notes.txt").read_text() == "mine"
@@ -301,7 +298,7 @@ def test_interruption_and_unexpected_errors_have_their_own_codes(recipe: Path, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ranktune.training, "train", interrupt)
-    result = run("train", recipe)
+    result = command("train", recipe)
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
 
@@ -309,7 +306,7 @@ def test_interruption_and_unexpected_errors_have_their_own_codes(recipe: Path, m
         raise ZeroDivisionError("a fault of ours")
 
     monkeypatch.setattr(ranktune.training, "train", fail)
-    result = run("train", recipe)
+    result = command("train", recipe)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -324,8 +321,8 @@ def test_no_help_loses_what_is_in_brackets() -> None:
     group = typer.main.get_command(app)
     assert isinstance(group, typer.core.TyperGroup)
     seen = []
-    for name, command in {"": group, **group.commands}.items():
-        written = [command.help or "", *(getattr(parameter, "help", None) or "" for parameter in command.params)]
+    for name, one in {"": group, **group.commands}.items():
+        written = [one.help or "", *(getattr(parameter, "help", None) or "" for parameter in one.params)]
         shown = re.sub(r"[\s│]+", "", CliRunner(env={"COLUMNS": "300"}).invoke(app, [*name.split(), "--help"]).output)
         for text in written:
             for bracketed in re.findall(r"\w*\\?\[[^\]]*\]", text):
@@ -337,14 +334,14 @@ def test_no_help_loses_what_is_in_brackets() -> None:
 
 def test_a_dry_run_shows_every_key_also_where_the_data_cannot_be_read(recipe: Path) -> None:
     (recipe.parent / "data" / "train.csv").write_text('text,label\n"no end,colour\n')
-    result = run("train", recipe, "--dry-run")
+    result = command("train", recipe, "--dry-run")
     assert result.exit_code == 2
     assert "quoting: true" in result.stdout
     assert "learning_rate:" in result.stdout
 
 
 def test_a_dry_run_tells_the_start_the_room_and_the_end(recipe: Path) -> None:
-    result = run("train", recipe, "method={name: increlora, r: 2, max_r: 8, grow_interval: 1, warmup_ratio: 0.0}",
+    result = command("train", recipe, "method={name: increlora, r: 2, max_r: 8, grow_interval: 1, warmup_ratio: 0.0}",
                  "train.epochs=4", "--dry-run")  # fmt: skip
     assert result.exit_code == 0, result.output
     shown = " ".join(result.stdout.split())
@@ -354,9 +351,9 @@ def test_a_dry_run_tells_the_start_the_room_and_the_end(recipe: Path) -> None:
     assert f"Its ranks are moved to total rank {2 * LINEAR_MODULES} at the end." in shown
     budget = ["method={name: dynamic-dora, r: 2, target_params: 900, prune_interval: 2}", "train.epochs=4"]
     assert "moved to at most 900 parameters in components at the end" in " ".join(
-        run("train", recipe, *budget, "--dry-run").stdout.split()
+        command("train", recipe, *budget, "--dry-run").stdout.split()
     )
-    assert "at the end" not in run("train", recipe, "--dry-run").stdout
+    assert "at the end" not in command("train", recipe, "--dry-run").stdout
 
 
 def test_the_card_of_an_adapter_has_no_path_of_this_machine(trained: Path) -> None:
@@ -372,9 +369,9 @@ def test_the_card_of_an_adapter_has_no_path_of_this_machine(trained: Path) -> No
 
 def test_inspect_lists_modules_in_the_order_of_the_model_and_counts_as_the_summary(trained: Path) -> None:
     metrics, final = metrics_of(trained), json.loads((trained / "out" / "ranks.json").read_text())["final"]
-    found = json.loads(run("inspect", trained / "out", "--json").stdout)
+    found = json.loads(command("inspect", trained / "out", "--json").stdout)
     assert list(found["modules"]) == list(final) != sorted(final)
     assert found["adapter_parameters"] == metrics["active_params"]
-    shown = run("inspect", trained / "out").stdout
+    shown = command("inspect", trained / "out").stdout
     head = metrics["trainable_params"] - metrics["active_params"]
     assert f"{metrics['active_params']:,} parameters in the adapter, {head} trained in full beside it" in shown

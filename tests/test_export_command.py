@@ -12,23 +12,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, GenerationConfig, GPT2Config, GPT2LMHeadModel
-from typer.testing import CliRunner
 
 import ranktune
 from ranktune import exporting, merging
-from ranktune.cli import app
 from ranktune.errors import AdapterFileError, ConfigError, ExportError, RecipeError
 from ranktune.exporting import export_trained
 from ranktune.merging import merge_trained
 from ranktune.verification import in_stock_peft, opening, proof
+from tests.command_line import command
 from tests.methods import perturb
 from tests.tiny import write_everything, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is being trained without a controller")
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

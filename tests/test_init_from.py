@@ -13,10 +13,10 @@ import torch
 import transformers
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from ranktune.cli import app
 from ranktune.recipe import load_recipe
+from tests.command_line import command
 from tests.tiny import LINEAR_MODULES, write_everything
 
 METHODS = {
@@ -29,12 +29,8 @@ METHODS = {
 }
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def refused(*arguments: object) -> str:
-    result = run(*arguments)
+    result = command(*arguments)
     assert result.exit_code == 2, result.output
     return result.stderr
 
@@ -63,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(place: Path, out: Path, method: str, *overrides: str) -> Result:
     source, section = METHODS[method]
     started = f"method={section[:-1]}, init_from: {place / source}}}"
-    result = run(
+    result = command(
         "train", place / "recipe.yaml", started, f"output={out}", "train.epochs=2", "train.save_every=2",
         "train.save_total_limit=null", "train.learning_rate=0.003", *overrides,
     )  # fmt: skip
@@ -92,8 +88,8 @@ def test_a_run_starts_from_it_and_resumes_to_the_bit(place: Path, tmp_path: Path
     shutil.rmtree(tmp_path / "killed" / "adapter")
     (place / source).rename(place / "away")
     try:
-        resumed = run("train", "--resume", tmp_path / "killed")
-        scored = run("evaluate", tmp_path / "killed")
+        resumed = command("train", "--resume", tmp_path / "killed")
+        scored = command("evaluate", tmp_path / "killed")
     finally:
         (place / "away").rename(place / source)
     assert resumed.exit_code == scored.exit_code == 0, resumed.output + scored.output
@@ -125,7 +121,7 @@ def test_ranks_and_scales_are_written_out(place: Path, tmp_path: Path) -> None:
     assert sorted(method["rank_pattern"].values()) == [2] * 4 + [5]
     assert sorted(method["alpha_pattern"].values()) == [7, 7]
     assert set(method["modules_to_save"]) <= set(stored["modules_to_save"])
-    plan = run("train", place / "recipe.yaml", f"method={{name: lora, init_from: {place / 'lora'}}}", "--dry-run")
+    plan = command("train", place / "recipe.yaml", f"method={{name: lora, init_from: {place / 'lora'}}}", "--dry-run")
     assert plan.exit_code == 0, plan.output
     assert f"init_from: {place / 'lora'}" in plan.stdout
     # What is written out is complete, and loads again.
@@ -223,7 +219,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_from_the_adap
         assert "does not exist" in refused("train", "--resume", tmp_path / "out")
     finally:
         (place / "away").rename(place / "lora")
-    result = run("train", "--resume", tmp_path / "out")
+    result = command("train", "--resume", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "the run starts anew, from step 0" in result.stdout
     assert tensors(tmp_path / "out") == expected

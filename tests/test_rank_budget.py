@@ -10,13 +10,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import ranktune
 from ranktune import DyLoraConfig, RankConfig, exporting
 from ranktune.adapters import layers, updates
 from ranktune.allocation import spend_best
-from ranktune.cli import app
 from ranktune.cut_energy import cut_energy
 from ranktune.errors import ConfigError, ExportError
 from ranktune.evaluation import rebuilt
@@ -24,14 +22,10 @@ from ranktune.rank_budget import Choices, _half, choices_under, ranks_by_energy,
 from ranktune.rank_setting import at_rank
 from ranktune.run.display import SilentDisplay
 from ranktune.truncation import truncate
+from tests.command_line import command
 from tests.methods import TARGETS, build_base, inputs, perturb
-from tests.tiny import write_everything, write_recipe
 
 R = 4
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def nested_model(**fields):
@@ -294,21 +288,10 @@ def test_a_rank_for_each_module_can_be_set():
     assert ranktune.ranks(model) == {"square": 3, "wide": 1, "narrow": 2}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run of dylora."""
-    folder = tmp_path_factory.mktemp("nested")
-    write_everything(folder)
-    recipe = write_recipe(folder, method={"name": "dylora", "r": R, "lora_alpha": 8}, train={"epochs": 10, "seed": 3})
-    done = command("train", recipe, "--quiet")
-    assert done.exit_code == 0, done.output
-    return folder
-
-
 @pytest.mark.parametrize("by", ["energy", "loss"])
-def test_a_budget_on_the_command_line(trained, tmp_path, by):
+def test_a_budget_on_the_command_line(nested_run, tmp_path, by):
     """The file holds the leading components of each module; the table tells what they are worth beside one rank."""
-    out, folder = trained / "out", tmp_path / "small"
+    out, folder = nested_run / "out", tmp_path / "small"
     budget = json.loads((out / "metrics.json").read_text())["active_params"] // 2 + 30
     done = command("truncate", out, "--budget", budget, "--by", by, "--out", folder, "--evaluations", 40)
     assert done.exit_code == 0, done.output
@@ -336,14 +319,14 @@ def test_a_budget_on_the_command_line(trained, tmp_path, by):
     assert ("their score there is optimistic" in done.output) == (by == "loss")
 
 
-def test_the_table_tells_the_scores_of_what_it_names(trained, tmp_path):
-    budget = json.loads((trained / "out" / "metrics.json").read_text())["active_params"] // 2 + 30
+def test_the_table_tells_the_scores_of_what_it_names(nested_run, tmp_path):
+    budget = json.loads((nested_run / "out" / "metrics.json").read_text())["active_params"] // 2 + 30
     result = truncate(
-        trained / "out", SilentDisplay(), budget=budget, by="energy", split="train", out=tmp_path / "small"
+        nested_run / "out", SilentDisplay(), budget=budget, by="energy", split="train", out=tmp_path / "small"
     )
     spending = result.spending
     assert spending is not None
-    with rebuilt(trained / "out", SilentDisplay(), "train") as scorer:
+    with rebuilt(nested_run / "out", SilentDisplay(), "train") as scorer:
         for ranks, score, parameters in (
             (spending.ranks, spending.score, result.parameters),
             (2, spending.uniform_score, spending.uniform_parameters),
@@ -360,7 +343,7 @@ def test_the_table_tells_the_scores_of_what_it_names(trained, tmp_path):
     assert (result.rank, spending.split, spending.uniform_rank) == (max(spending.ranks.values()), "train", 2)
 
 
-def test_what_computes_something_else_in_stock_peft_is_not_kept(trained, tmp_path, monkeypatch):
+def test_what_computes_something_else_in_stock_peft_is_not_kept(nested_run, tmp_path, monkeypatch):
     real = exporting.adapter_agreement
 
     def wrong(opened, folder):
@@ -369,7 +352,7 @@ def test_what_computes_something_else_in_stock_peft_is_not_kept(trained, tmp_pat
 
     monkeypatch.setattr(exporting, "adapter_agreement", wrong)
     with pytest.raises(ExportError, match="in stock PEFT outputs differ by up to"):
-        truncate(trained / "out", SilentDisplay(), rank=1, out=tmp_path / "small")
+        truncate(nested_run / "out", SilentDisplay(), rank=1, out=tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -381,8 +364,8 @@ def test_what_computes_something_else_in_stock_peft_is_not_kept(trained, tmp_pat
         (("--budget", 3000, "--by", "loss", "--evaluations", 2), "evaluations=2 is too few"),
     ],
 )
-def test_budgets_that_are_refused(trained, tmp_path, options, message):
-    done = command("truncate", trained / "out", *options, "--out", tmp_path / "small")
+def test_budgets_that_are_refused(nested_run, tmp_path, options, message):
+    done = command("truncate", nested_run / "out", *options, "--out", tmp_path / "small")
     assert done.exit_code == 2
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -12,34 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
-from typer.testing import CliRunner
 
 import ranktune
-from ranktune.cli import app
 from ranktune.errors import RecipeError
 from ranktune.evaluation import rebuilt
 from ranktune.rank_curve import RankCurve, RankPoint, rank_curve
 from ranktune.report.rank_curve import drawn_figure, rank_curve_figure
 from ranktune.run.display import SilentDisplay
 from ranktune.truncation import share_of, truncate
-from tests.tiny import LINEAR_MODULES, write_everything, write_recipe
-
-R = 4
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run of dylora."""
-    folder = tmp_path_factory.mktemp("nested")
-    write_everything(folder)
-    recipe = write_recipe(folder, method={"name": "dylora", "r": R, "lora_alpha": 8}, train={"epochs": 10, "seed": 3})
-    done = command("train", recipe, "--quiet")
-    assert done.exit_code == 0, done.output
-    return folder
+from tests.command_line import command
+from tests.tiny import LINEAR_MODULES, NESTED_RANK, write_everything
 
 
 def curve_of(score, greater=True):
@@ -68,9 +50,9 @@ def test_the_smallest_rank_that_is_good_enough(scores, greater, share, best, sma
     assert curve.smallest_within(share).rank == smallest
 
 
-def test_the_curve_is_what_each_rank_scores_alone(trained):
+def test_the_curve_is_what_each_rank_scores_alone(nested_run):
     """Every point against a model of stock PEFT with the leading components, and its own parameter count."""
-    out = trained / "out"
+    out = nested_run / "out"
     done = command("evaluate", out, "--ranks", "all")
     assert done.exit_code == 0, done.output
     rows = list(csv.DictReader((out / "rank_curve.csv").read_text().splitlines()))
@@ -79,8 +61,9 @@ def test_the_curve_is_what_each_rank_scores_alone(trained):
     recorded = json.loads((out / "metrics.json").read_text())
     assert float(rows[-1]["loss"]) == recorded["scores"]["after"]["loss"]
     assert int(rows[-1]["parameters"]) == recorded["active_params"]
-    assert [int(row["parameters"]) * R for row in rows] == [recorded["active_params"] * b for b in (1, 2, 3, 4)]
-    assert len({row["loss"] for row in rows}) == R
+    counts = [int(row["parameters"]) * NESTED_RANK for row in rows]
+    assert counts == [recorded["active_params"] * b for b in (1, 2, 3, 4)]
+    assert len({row["loss"] for row in rows}) == NESTED_RANK
     for row in rows:
         assert f"{float(row['loss']):.4f}" in done.output
 
@@ -91,8 +74,8 @@ def test_the_curve_is_what_each_rank_scores_alone(trained):
             assert scorer.scores()["loss"] == float(rows[b - 1]["loss"])
 
 
-def test_ranks_may_be_chosen_and_the_run_is_left_alone(trained, tmp_path):
-    out = shutil.copytree(trained / "out", tmp_path / "out")
+def test_ranks_may_be_chosen_and_the_run_is_left_alone(nested_run, tmp_path):
+    out = shutil.copytree(nested_run / "out", tmp_path / "out")
     for name in ("rank_curve.csv", "rank_curve.png"):
         (out / name).unlink(missing_ok=True)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -105,23 +88,23 @@ def test_ranks_may_be_chosen_and_the_run_is_left_alone(trained, tmp_path):
 
 
 @pytest.mark.parametrize("words", ["", "1;2", "1,,2", "a", "-1", "1.5", "all,1", "²"])
-def test_what_is_no_list_of_ranks_is_refused(trained, words):
-    done = command("evaluate", trained / "out", "--ranks", words)
+def test_what_is_no_list_of_ranks_is_refused(nested_run, words):
+    done = command("evaluate", nested_run / "out", "--ranks", words)
     assert done.exit_code == 2
     assert "write 'all', or ranks with commas" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [("evaluate", "--ranks", "1,9"), ("truncate", "--rank", "9")], ids=str)
-def test_a_rank_that_was_not_trained_is_refused(trained, arguments):
+def test_a_rank_that_was_not_trained_is_refused(nested_run, arguments):
     name, *options = arguments
-    done = command(name, trained / "out", *options)
+    done = command(name, nested_run / "out", *options)
     assert done.exit_code == 2
     assert "rank 9 is not among those that adapter 'default' was trained at: [1, 2, 3, 4]" in done.stderr
 
 
-def test_truncating_writes_a_plain_lora_with_the_head(trained, tmp_path):
+def test_truncating_writes_a_plain_lora_with_the_head(nested_run, tmp_path):
     folder = tmp_path / "small"
-    done = command("truncate", trained / "out", "--rank", 2, "--out", folder)
+    done = command("truncate", nested_run / "out", "--rank", 2, "--out", folder)
     assert done.exit_code == 0, done.output
     assert done.output.startswith("Rank 2: ")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -131,20 +114,20 @@ def test_truncating_writes_a_plain_lora_with_the_head(trained, tmp_path):
     assert all(t.shape[0] == 2 for name, t in tensors.items() if "lora_A" in name)
 
     torch.manual_seed(3)
-    base = AutoModelForSequenceClassification.from_pretrained(trained / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(nested_run / "model")
     plain = peft.PeftModel.from_pretrained(base, folder).eval()
     ids = torch.randint(2, 18, (3, 9), generator=torch.Generator().manual_seed(0))
-    with rebuilt(trained / "out", SilentDisplay()) as scorer, torch.no_grad():
+    with rebuilt(nested_run / "out", SilentDisplay()) as scorer, torch.no_grad():
         ranktune.set_rank(scorer.model, 2)
         expected = scorer.model.eval()(input_ids=ids).logits
         torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_truncating_by_quality_takes_the_smallest_good_rank(trained, tmp_path):
-    curve = rank_curve(trained / "out", SilentDisplay())
+def test_truncating_by_quality_takes_the_smallest_good_rank(nested_run, tmp_path):
+    curve = rank_curve(nested_run / "out", SilentDisplay())
     for within, share in (("0%", 0.0), ("50%", 0.5)):
         wanted = curve.smallest_within(share)
-        result = truncate(trained / "out", SilentDisplay(), within=within, out=tmp_path / within[0])
+        result = truncate(nested_run / "out", SilentDisplay(), within=within, out=tmp_path / within[0])
         assert result.rank == wanted.rank
         assert result.parameters == wanted.parameters
         assert result.written.exported.nbytes == wanted.adapter_bytes
@@ -153,8 +136,8 @@ def test_truncating_by_quality_takes_the_smallest_good_rank(trained, tmp_path):
     assert result.rank == 1
 
 
-def test_truncating_says_that_a_chosen_score_is_optimistic(trained, tmp_path):
-    out = shutil.copytree(trained / "out", tmp_path / "out")
+def test_truncating_says_that_a_chosen_score_is_optimistic(nested_run, tmp_path):
+    out = shutil.copytree(nested_run / "out", tmp_path / "out")
     done = command("truncate", out, "--within", "2.5 %")
     assert done.exit_code == 0, done.output
     assert "chosen on the evaluation split out of 4" in done.output
@@ -166,8 +149,8 @@ def test_truncating_says_that_a_chosen_score_is_optimistic(trained, tmp_path):
 
 
 @pytest.mark.parametrize("options", [(), ("--rank", "2", "--within", "1%")], ids=str)
-def test_exactly_one_way_to_choose_is_asked_for(trained, options):
-    done = command("truncate", trained / "out", *options)
+def test_exactly_one_way_to_choose_is_asked_for(nested_run, options):
+    done = command("truncate", nested_run / "out", *options)
     assert done.exit_code == 2
     assert "give one of --rank" in done.stderr
 
@@ -194,15 +177,15 @@ def test_a_run_of_another_method_has_no_curve(tmp_path):
         assert "`ranktune export --svd-rank`" in done.stderr
 
 
-def test_a_run_tells_which_ranks_it_trained(trained):
+def test_a_run_tells_which_ranks_it_trained(nested_run):
     """From seed and step alone, as the controller drew them; the picture shows nothing else."""
-    out = trained / "out"
+    out = nested_run / "out"
     metrics, ranks = (json.loads((out / name).read_text()) for name in ("metrics.json", "ranks.json"))
-    assert metrics["total_rank"] == R * LINEAR_MODULES
-    assert set(ranks["final"].values()) == {R}
+    assert metrics["total_rank"] == NESTED_RANK * LINEAR_MODULES
+    assert set(ranks["final"].values()) == {NESTED_RANK}
     assert ranks["history"] == []
     assert sum(ranks["drawn"].values()) == metrics["steps"] == 60
-    policy = ranktune.DyLoraConfig(r=R).policy(ranktune.policy.Layout((), torch.zeros(0)), 60)
+    policy = ranktune.DyLoraConfig(r=NESTED_RANK).policy(ranktune.policy.Layout((), torch.zeros(0)), 60)
     expected = [policy.draw(3, step) for step in range(60)]
     assert ranks["drawn"] == {str(b): expected.count(b) for b in sorted(set(expected))}
     pictures = {path.name for path in out.glob("*.png")} - {"rank_curve.png"}
@@ -211,8 +194,8 @@ def test_a_run_tells_which_ranks_it_trained(trained):
     assert not [event for event in steps if "rank_budget" in event]
 
 
-def test_an_overwritten_run_takes_its_curve_along(trained, tmp_path):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+def test_an_overwritten_run_takes_its_curve_along(nested_run, tmp_path):
+    shutil.copytree(nested_run, tmp_path, dirs_exist_ok=True)
     out: Path = tmp_path / "out"
     (out / "rank_curve.csv").write_text("old")
     done = command("train", tmp_path / "recipe.yaml", f"output={out}", "method.name=lora", "--overwrite", "--quiet")

@@ -13,23 +13,18 @@ from typing import Any
 import pytest
 import yaml
 from transformers import Trainer
-from typer.testing import CliRunner, Result
 
-from ranktune.cli import app
 from ranktune.run.checkpoints import Checkpoint, find_checkpoint
 from ranktune.run.directory import RunDirectory
 from ranktune.run.manifest import altered, write_manifest
+from tests.command_line import command
 from tests.tiny import LINEAR_MODULES, write_everything
 
 METHOD = "method={name: dynamic-dora, r: 2, prune_interval: 2, lora_dropout: 0.1}"
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def refused(*arguments: object) -> str:
-    result = run(*arguments)
+    result = command(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ")
     return result.stderr
@@ -40,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 12 steps, 6 an epoch, with checkpoints at 2, 4 ... 12, in `out`."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_everything(folder)
-    result = run("train", recipe, METHOD, "train.epochs=2", "train.save_every=2", "train.save_total_limit=null")
+    result = command("train", recipe, METHOD, "train.epochs=2", "train.save_every=2", "train.save_total_limit=null")
     assert result.exit_code == 0, result.output
     return folder
 
@@ -68,7 +63,7 @@ def metrics_of(out: Path) -> dict[str, Any]:
 
 def test_a_finished_run_is_left_as_it_is(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished / "out").rglob("*") if path.is_file()}
-    result = run("train", "--resume", finished / "out")
+    result = command("train", "--resume", finished / "out")
     assert result.exit_code == 0, result.output
     assert "is finished after 12 steps: there is nothing to resume" in result.stdout
     assert "accuracy after" in result.stdout
@@ -78,7 +73,7 @@ def test_a_finished_run_is_left_as_it_is(finished: Path) -> None:
 def test_a_resumed_run_says_what_its_time_covers_and_keeps_the_score_before(stopped: Path, finished: Path) -> None:
     checkpoint = json.loads((stopped / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
     spent = checkpoint["stateful_callbacks"]["EventCallback"]["attributes"]["seconds"]
-    result = run("train", "--resume", stopped)
+    result = command("train", "--resume", stopped)
     assert result.exit_code == 0, result.output
     assert "going on from checkpoint-8: 8 of 12 steps are done" in result.stdout
     assert "before training" not in result.stdout
@@ -96,7 +91,7 @@ def test_a_resumed_run_says_what_its_time_covers_and_keeps_the_score_before(stop
 def test_a_run_resumes_where_it_was_moved_to(stopped: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = stopped.rename(stopped.with_name("moved"))
     monkeypatch.chdir(moved.parent)
-    result = run("train", "--resume", "moved", "--quiet")
+    result = command("train", "--resume", "moved", "--quiet")
     assert result.exit_code == 0, result.output
     assert result.output == ""
     assert tensors(moved) == tensors(finished / "out")
@@ -177,7 +172,7 @@ def test_flipped_bytes_are_noticed(stopped: Path, name: str) -> None:
 
 def test_an_altered_checkpoint_is_passed_over_in_favour_of_an_older_one(stopped: Path, finished: Path) -> None:
     flip(stopped / "checkpoints" / "checkpoint-8" / "adapter_model.safetensors")
-    result = run("train", "--resume", stopped)
+    result = command("train", "--resume", stopped)
     assert result.exit_code == 0, result.output
     assert "checkpoint-8 is not whole: adapter_model.safetensors was altered" in result.stdout
     assert "going on from checkpoint-6: 6 of 12 steps are done" in result.stdout
@@ -221,7 +216,7 @@ def test_the_manifest_is_written_last(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert altered(checkpoint) is None
 
     monkeypatch.setattr("ranktune.run.saving.write_manifest", after_everything)
-    result = run("train", write_everything(tmp_path), "train.save_every=3", "train.save_total_limit=1", "--quiet")
+    result = command("train", write_everything(tmp_path), "train.save_every=3", "train.save_total_limit=1", "--quiet")
     assert result.exit_code == 0, result.output
     assert len(seen) == 2
     assert all({"trainer_state.json", *CHECKPOINT_FILES} <= names for names in seen)
@@ -236,7 +231,7 @@ def test_checkpoints_of_an_earlier_version_are_taken_and_unfinished_ones_are_not
         (folder / f"checkpoint-{step}" / "manifest.json").unlink()
     assert newest(folder).step == 8
     assert not newest(folder).verified
-    result = run("train", "--resume", stopped)
+    result = command("train", "--resume", stopped)
     assert result.exit_code == 0, result.output
     assert "checkpoint-8 has no manifest.json, as those of earlier versions: its files are complete" in result.stdout
     assert tensors(stopped) == tensors(finished / "out")
@@ -245,7 +240,7 @@ def test_checkpoints_of_an_earlier_version_are_taken_and_unfinished_ones_are_not
 def test_with_every_checkpoint_torn_the_run_starts_anew(stopped: Path, finished: Path) -> None:
     for path in (stopped / "checkpoints").iterdir():
         (path / "optimizer.pt").unlink()
-    result = run("train", "--resume", stopped)
+    result = command("train", "--resume", stopped)
     assert result.exit_code == 0, result.output
     for step in (2, 4, 6, 8):
         assert f"checkpoint-{step} is not whole: optimizer.pt is missing" in result.stdout
@@ -258,7 +253,7 @@ def test_what_was_half_written_is_removed(stopped: Path) -> None:
     (stopped / ".adapter.abc.tmp").mkdir()
     (stopped / ".metrics.json.abc.tmp").write_text("{")
     (stopped / ".mine.tmp").write_text("")
-    assert run("train", "--resume", stopped, "--quiet").exit_code == 0
+    assert command("train", "--resume", stopped, "--quiet").exit_code == 0
     assert [path.name for path in stopped.glob(".*")] == [".mine.tmp"]
 
 
@@ -266,7 +261,7 @@ def test_a_log_that_lost_its_end_is_gone_on_with(stopped: Path) -> None:
     log = stopped / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:3]))
-    assert run("train", "--resume", stopped, "--quiet").exit_code == 0
+    assert command("train", "--resume", stopped, "--quiet").exit_code == 0
     events = RunDirectory(stopped).read_events()
     assert [event["event"] for event in events[:4]] == ["start", "evaluation", "step", "resume"]
 
@@ -278,7 +273,7 @@ FREE = [
 
 
 def test_what_does_not_change_the_run_may_change(stopped: Path, finished: Path) -> None:
-    result = run("train", "--resume", stopped, *FREE, "--quiet")
+    result = command("train", "--resume", stopped, *FREE, "--quiet")
     assert result.exit_code == 0, result.output
     assert tensors(stopped) == tensors(finished / "out")
     # The best one, which Trainer keeps, and the last.
@@ -354,7 +349,7 @@ def test_edits_that_do_not_change_the_run_are_taken(stopped: Path, finished: Pat
     edit_recipe(stopped, "train", logging_steps=1, epochs=2)
     edit_record(stopped, lambda record: record["recipe"]["train"].pop("num_workers"))
     edit_record(stopped, lambda record: record["recipe"]["method"].update(once_there_was="a field"))
-    result = run("train", "--resume", stopped, "--quiet")
+    result = command("train", "--resume", stopped, "--quiet")
     assert result.exit_code == 0, result.output
     assert tensors(stopped) == tensors(finished / "out")
 
@@ -362,7 +357,7 @@ def test_edits_that_do_not_change_the_run_are_taken(stopped: Path, finished: Pat
 def test_an_edit_before_the_first_checkpoint_is_a_new_beginning(stopped: Path) -> None:
     shutil.rmtree(stopped / "checkpoints")
     edit_recipe(stopped, "train", learning_rate=0.1)
-    assert run("train", "--resume", stopped, "--quiet").exit_code == 0
+    assert command("train", "--resume", stopped, "--quiet").exit_code == 0
     steps = [event for event in RunDirectory(stopped).read_events() if event["event"] == "step"]
     assert max(event["learning_rate"] for event in steps) == pytest.approx(0.1, rel=0.2)
 
@@ -379,7 +374,7 @@ def test_a_base_model_and_data_that_were_moved_are_found_at_their_new_places(sto
     assert "'data.source'" not in message.split("would make")[0]
     gone = str(stopped.with_name("old-place"))
     edit_record(stopped, lambda record: record["recipe"].update(model=gone))
-    result = run("train", "--resume", stopped, "--quiet")
+    result = command("train", "--resume", stopped, "--quiet")
     assert result.exit_code == 0, result.output
     assert tensors(stopped) == tensors(finished / "out")
 
@@ -418,13 +413,13 @@ def test_other_data_and_other_processes_are_noticed(stopped: Path) -> None:
     message = refused("train", "--resume", stopped)
     assert "the data is not the data it was trained on" in message
     assert "total steps was 12, now 14" in message
-    result = run("train", "--resume", stopped, "--replan", "--quiet")
+    result = command("train", "--resume", stopped, "--replan", "--quiet")
     assert result.exit_code == 0, result.output
     assert metrics_of(stopped)["steps"] == 14
 
 
 def test_replanning_gives_the_run_another_length(stopped: Path) -> None:
-    result = run("train", "--resume", stopped, "--replan", "train.epochs=5")
+    result = command("train", "--resume", stopped, "--replan", "train.epochs=5")
     assert result.exit_code == 0, result.output
     assert "going on from checkpoint-8: 8 of 30 steps are done" in result.stdout
     metrics = metrics_of(stopped)
@@ -436,7 +431,7 @@ def test_replanning_gives_the_run_another_length(stopped: Path) -> None:
     expected = tensors(stopped), (stopped / "ranks.json").read_bytes()
     (stopped / "metrics.json").unlink()
     shutil.rmtree(stopped / "checkpoints" / "checkpoint-30")
-    result = run("train", "--resume", stopped, "--quiet")
+    result = command("train", "--resume", stopped, "--quiet")
     assert result.exit_code == 0, result.output
     assert (tensors(stopped), (stopped / "ranks.json").read_bytes()) == expected
 
@@ -445,7 +440,7 @@ def test_a_finished_run_can_be_made_longer(finished: Path, tmp_path: Path) -> No
     out = shutil.copytree(finished / "out", tmp_path / "out")
     assert "'train.epochs' was 2.0, now 3.0" in refused("train", "--resume", out, "train.epochs=3")
     assert metrics_of(out)["steps"] == 12
-    result = run("train", "--resume", out, "train.epochs=3", "--replan", "--quiet")
+    result = command("train", "--resume", out, "train.epochs=3", "--replan", "--quiet")
     assert result.exit_code == 0, result.output
     assert metrics_of(out)["steps"] == 18
     first, longer = (json.loads((place / "ranks.json").read_text()) for place in (finished / "out", out))
@@ -476,7 +471,7 @@ def test_early_stopping_survives_a_crash_after_it(tmp_path: Path) -> None:
         "train.epochs=40", "train.eval_every=3", "train.early_stopping_patience=2", "train.learning_rate=0.3",
         "train.lr_scheduler=constant", "train.max_grad_norm=0", "train.warmup_ratio=0.0", "train.save_total_limit=null",
     ]  # fmt: skip
-    assert run("train", recipe, *arguments, "--quiet").exit_code == 0
+    assert command("train", recipe, *arguments, "--quiet").exit_code == 0
     out = tmp_path / "out"
     expected = tensors(out), metrics_of(out)
     last = max(int(path.name.split("-")[1]) for path in (out / "checkpoints").iterdir())
@@ -485,7 +480,7 @@ def test_early_stopping_survives_a_crash_after_it(tmp_path: Path) -> None:
         (out / "metrics.json").unlink()
         for step in lost:
             shutil.rmtree(out / "checkpoints" / f"checkpoint-{step}")
-        result = run("train", "--resume", out, "--quiet")
+        result = command("train", "--resume", out, "--quiet")
         assert result.exit_code == 0, result.output
         assert tensors(out) == expected[0]
         assert metrics_of(out)["steps"] == last
@@ -496,16 +491,16 @@ def test_whole_models_are_resumed_and_stock_adalora_is_not(tmp_path: Path) -> No
     recipe = write_everything(tmp_path)
     shared = ["train.epochs=2", "train.save_every=2", "train.save_total_limit=null", "--quiet"]
     out = tmp_path / "out"
-    assert run("train", recipe, "method={name: full}", "train.learning_rate=1e-3", *shared).exit_code == 0
+    assert command("train", recipe, "method={name: full}", "train.learning_rate=1e-3", *shared).exit_code == 0
     expected = (out / "adapter" / "model.safetensors").read_bytes()
     shutil.rmtree(out / "checkpoints" / "checkpoint-12")
     os.truncate(out / "checkpoints" / "checkpoint-10" / "model.safetensors", 10000)
     (out / "metrics.json").unlink()
-    result = run("train", "--resume", out)
+    result = command("train", "--resume", out)
     assert result.exit_code == 0, result.output
     assert "checkpoint-10 is not whole: model.safetensors is cut short" in result.stdout
     assert (out / "adapter" / "model.safetensors").read_bytes() == expected
-    assert run("train", recipe, "method={name: peft-adalora, r: 2}", *shared, "--overwrite").exit_code == 0
+    assert command("train", recipe, "method={name: peft-adalora, r: 2}", *shared, "--overwrite").exit_code == 0
     (out / "metrics.json").unlink()
     assert "peft-adalora keeps its running averages in no checkpoint" in refused("train", "--resume", out)
 
@@ -516,7 +511,7 @@ def test_other_fixes_of_what_is_said(tmp_path: Path) -> None:
     assert f"{recipe} with train.optimizer=adamm: 'train.optimizer'" in message
     assert f"{recipe} with method.r=0: section 'method': r=0" in refused("train", recipe, "method.r=0")
     assert f"{recipe}: unknown key" in refused("train", write_everything(tmp_path), "trane.epochs=1")
-    result = run("train", recipe, METHOD, "train.epochs=2")
+    result = command("train", recipe, METHOD, "train.epochs=2")
     assert result.stdout.count("step 12:  accuracy") == 1  # scored again after compaction, said once
 
 
@@ -524,7 +519,7 @@ def test_a_resumed_run_shows_the_ranks_it_goes_on_with(stopped: Path) -> None:
     recorded = [event for event in RunDirectory(stopped).read_events() if event["event"] == "step"]
     rank = next(event["total_rank"] for event in recorded if event["step"] == 8)
     assert rank == 2 * LINEAR_MODULES  # 3 each at the start
-    result = run("train", "--resume", stopped)
+    result = command("train", "--resume", stopped)
     assert f"restored at step 8: {LINEAR_MODULES} modules of total rank {rank}, " in result.stdout
     assert f"total rank {3 * LINEAR_MODULES}" not in result.stdout
 
@@ -540,19 +535,19 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.M
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
-    result = run("train", recipe, "train.save_every=2")
+    result = command("train", recipe, "train.save_every=2")
     assert result.exit_code == 130
     way_on = f"ranktune train --resume {out}"
     assert f"there is no checkpoint yet (train.save_every), so {way_on} begins at step 0" in result.stderr
     moment = 3
     first = ["--resume", out] if resumed else [recipe, "--overwrite", "train.save_every=2"]
-    result = run("train", *first)
+    result = command("train", *first)
     assert result.exit_code == 130
     assert result.stderr == f"interrupted; checkpoint-2 is the last checkpoint; resume with: {way_on}\n"
 
 
 def test_the_final_scores_are_logged_once_and_in_one_order(stopped: Path, finished: Path) -> None:
-    assert run("train", "--resume", stopped, "--quiet").exit_code == 0
+    assert command("train", "--resume", stopped, "--quiet").exit_code == 0
     for out in (stopped, finished / "out"):
         events = RunDirectory(out).read_events()
         scored = [event["step"] for event in events if event["event"] == "evaluation"]

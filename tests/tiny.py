@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 COLOURS, ANIMALS = ("red", "green", "blue", "pink"), ("cat", "dog", "cow", "hen")
 FILLER = ("one", "two", "the", "of", "and", "with", "near", "some")
 LAYERS, WIDTH = 2, 16
+NESTED_RANK = 4
 # Six linear modules a layer and the pooler, the classifier's head apart.
 LINEAR_MODULES = 6 * LAYERS + 1
 
@@ -83,3 +84,10 @@ def write_everything(folder: Path) -> Path:
     write_model(folder / "model")
     write_data(folder / "data")
     return write_recipe(folder)
+
+
+def write_nested_recipe(folder: Path) -> Path:
+    """Model, data and the recipe of a dylora run of `NESTED_RANK`, long enough that its ranks differ in quality."""
+    write_everything(folder)
+    method = {"name": "dylora", "r": NESTED_RANK, "lora_alpha": 8}
+    return write_recipe(folder, method=method, train={"epochs": 10, "seed": 3})
