@@ -10,7 +10,7 @@ from transformers import Trainer
 
 import ranktune
 from ranktune import ConfigError, DynamicDoraConfig, IncreLoraConfig, RankCallback, RankConfig, RankController
-from ranktune.controller import Restart
+from ranktune.history import Restart
 from ranktune.integrations.trainer import RankEarlyStoppingCallback
 from ranktune.policy import Layout
 from tests.methods import TARGETS

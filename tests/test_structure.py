@@ -46,6 +46,7 @@ FLOORS = [
         "moves",
         "gradients",
         "attachment",
+        "history",
         "controller",
         "compaction",
         "static_mixture",

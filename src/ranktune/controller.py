@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -33,6 +32,7 @@ from ranktune.gradients import (
     amp_found_inf,
     loss_scale,
 )
+from ranktune.history import RankChange, Restart
 from ranktune.magnitude import norm_dtype
 from ranktune.moves import moves_for
 from ranktune.policy import RankState
@@ -40,37 +40,6 @@ from ranktune.processes import mean_over_processes
 from ranktune.update import LowRankUpdate
 
 logger = logging.getLogger("ranktune")
-
-
-@dataclass(frozen=True)
-class RankChange:
-    """One module's rank, changed.
-
-    Attributes:
-        step: optimizer steps done when it changed.
-        module: its name in the unwrapped model.
-        old, new: rank before and after.
-        score: what the policy thought of the module then; None where none of its components is left.
-    """
-
-    step: int
-    module: str
-    old: int
-    new: int
-    score: float | None
-
-
-@dataclass(frozen=True)
-class Restart:
-    """Where a rank schedule was begun anew in the middle of a run.
-
-    Attributes:
-        step: optimizer steps done then.
-        ranks: the modules' ranks then, in model order.
-    """
-
-    step: int
-    ranks: tuple[int, ...]
 
 
 class RankController:
@@ -123,7 +92,7 @@ class RankController:
         config = adapter_config(model, self.adapter_name)
         named = list(updates(model, self.adapter_name))
         self._updates = [update for _, update in named]
-        self.restart = _restart_here(self._updates) if restart is True else restart or None
+        self.restart = Restart.here(self._updates) if restart is True else restart or None
         self._began = 0 if self.restart is None else self.restart.step
         if self._began >= total_steps:
             raise ConfigError(
@@ -414,12 +383,3 @@ class RankController:
             self._step = int(counter)
             ranks = [update.rank for update in self._updates]
             self._ended = self.policy.has_ended(self._step - self._began, ranks)
-
-
-def _restart_here(updates: Sequence[LowRankUpdate]) -> Restart:
-    return Restart(int(cast(Tensor, updates[0].rank_step)), tuple(update.rank for update in updates))
-
-
-def history_records(history: Sequence[RankChange]) -> list[dict[str, Any]]:
-    """The history as plain data, for ``ranks.json``."""
-    return [asdict(change) for change in history]

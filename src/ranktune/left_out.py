@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -10,6 +12,8 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger("ranktune")
 
 _OTHER_KINDS = (nn.Linear, Conv1D, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
@@ -67,6 +71,18 @@ def explain(unreached: list[LeftOut], total: int) -> str:
     own = sum(item.parameters for item in unreached)
     share = f", together {own / total:.0%} of the model's parameters" if own else ""
     return f"target_modules 'all-linear' leaves out {'; '.join(map(str, unreached))}{share}."
+
+
+def warn_of_left_out(model: nn.Module) -> None:
+    """Warn of weights that look adapted under `all-linear` and are not; an output head alone is only logged."""
+    items = left_out(model)
+    if not items:
+        return
+    message = explain(items, sum(parameter.numel() for parameter in model.parameters()))
+    if all(item.head for item in items):
+        logger.info(message)
+    else:
+        warnings.warn(message, LeftOutWarning, stacklevel=2)
 
 
 def _unreached(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:

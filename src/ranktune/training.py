@@ -13,9 +13,9 @@ from transformers import Trainer, TrainerCallback
 import ranktune
 from ranktune.baselines import Baseline, reading
 from ranktune.config import RankConfig
-from ranktune.controller import history_records
 from ranktune.errors import RecipeError
 from ranktune.foreign_start import load_start
+from ranktune.history import history_records
 from ranktune.integrations.trainer import RankCallback, RankEarlyStoppingCallback
 from ranktune.recipe import Recipe, load_recipe, recipe_text
 from ranktune.run import atomic

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 import ranktune.methods  # noqa: F401  (registers every method, so that saved adapters of any of them load)
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, did_you_mean
-from ranktune.left_out import LeftOutWarning, explain, is_all_linear, left_out
+from ranktune.left_out import is_all_linear, warn_of_left_out
 from ranktune.peft_compat import PREFIX, CheckedLoading, UnmatchedTargetError, feature_counts, pattern_value, register
 from ranktune.quantised_weight import (
     can_dequantise,
@@ -273,10 +273,16 @@ class RankTuner(CheckedLoading):
         parameter_name: str | None = None,  # noqa: ARG002  (PEFT's signature)
     ) -> None:
         config = cast(RankConfig, peft_config)
-        if isinstance(target, RankLayer):
-            target.update_layer(adapter_name, config, current_key)
-            target.update_of(adapter_name).warned = self._warned_about(adapter_name)
-            return
+        layer = target if isinstance(target, RankLayer) else self._wrapped(target, adapter_name, current_key)
+        layer.update_layer(adapter_name, config, current_key)
+        layer.update_of(adapter_name).warned = self._warned_about(adapter_name)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _wrapped(self, target: nn.Module, adapter_name: str, current_key: str) -> RankLayer:
+        """A layer around ``target`` that has no adapter yet."""
         quantization = quantisation_options(self)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base, (nn.Linear, Conv1D)) and not resolve_quantization_backend(base, **quantization):
@@ -287,11 +293,7 @@ class RankTuner(CheckedLoading):
             )
         layer = RankLayer(target, **quantization)
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, config, current_key)
-        layer.update_of(adapter_name).warned = self._warned_about(adapter_name)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        return layer
 
     def _warned_about(self, adapter_name: str) -> dict[Any, Any]:
         """What the modules of one adapter share, so that a warning about it comes once."""
@@ -345,18 +347,6 @@ def warn_without_controller(adapter: str, warned: dict[Any, Any]) -> None:
         "total_steps=...) before it."
     )
     warnings.warn_explicit(message, UserWarning, __file__, 1, module=__name__, registry=warned)
-
-
-def warn_of_left_out(model: nn.Module) -> None:
-    """Warn of weights that look adapted under `all-linear` and are not; an output head alone is only logged."""
-    items = left_out(model)
-    if not items:
-        return
-    message = explain(items, sum(parameter.numel() for parameter in model.parameters()))
-    if all(item.head for item in items):
-        logger.info(message)
-    else:
-        warnings.warn(message, LeftOutWarning, stacklevel=2)
 
 
 def refuse_unmatched_targets(config: RankConfig, model: nn.Module) -> None:

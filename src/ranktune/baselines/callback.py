@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ranktune.baselines.reading import ranks
-from ranktune.controller import RankChange
+from ranktune.history import RankChange
 from ranktune.integrations.trainer import RankCallback
 
 

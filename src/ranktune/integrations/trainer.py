@@ -19,8 +19,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from ranktune.attachment import active_adapter, adapter_config
-from ranktune.controller import RankChange, RankController, Restart, history_records
+from ranktune.controller import RankController
 from ranktune.errors import ConfigError
+from ranktune.history import RankChange, Restart, history_records
 from ranktune.router_health import RouterHealth
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ranktune.baselines.reading import ranks as ranks_of
-from ranktune.controller import history_records
+from ranktune.history import history_records
 from ranktune.integrations.trainer import RankCallback, RunShape
 from ranktune.run.atomic import finite
 
