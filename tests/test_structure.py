@@ -27,6 +27,8 @@ FLOORS = [
         "mixture",
         "processes",
         "cut_energy",
+        "module_order",
+        "storage_dtype",
     },
     {"config", "norm_cache", "update", "growing", "nested", "policy", "balance", "gate_usage", "block_gates", "routed"},
     {"methods"},

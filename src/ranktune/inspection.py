@@ -132,7 +132,7 @@ def inspect(directory: str | Path) -> Inspection:
         lora_alpha=config.get("lora_alpha"),
         nbytes=adapter.file.nbytes,
         parameters=sum(tensor.count for tensor in adapter.file.tensors.values()),
-        adapter_parameters=sum(_parameters(saved) for saved in adapter.modules.values()),
+        adapter_parameters=sum(saved.parameters for saved in adapter.modules.values()),
         modules=modules,
         trained_in_full={name: tuple(tensor.shape) for name, tensor in adapter.others.items()},
         history=_history(path.parent / "ranks.json"),
@@ -140,20 +140,9 @@ def inspect(directory: str | Path) -> Inspection:
 
 
 def _in_model_order(names: Iterable[str], ranks: Path) -> list[str]:
-    """As the run's ``ranks.json`` lists them; without one, by name, where layer 2 comes before layer 10."""
+    """As the run's ``ranks.json`` lists them; without one, as they are given."""
     order = {name: place for place, name in enumerate(_ranks(ranks).get("final", ()))}
-    return sorted(names, key=lambda name: (order.get(name, len(order)), _numbered(name)))
-
-
-def _numbered(name: str) -> list[tuple[bool, int, str]]:
-    """Parts of a name that compare by number where they are numbers."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
-
-
-def _parameters(saved: SavedModule) -> int:
-    if saved.update is not None:
-        return saved.update.parameters_in_use
-    return sum(tensor.numel() for tensor in saved.tensors.values())
+    return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def _module(saved: SavedModule) -> ModuleInspection:

@@ -10,15 +10,14 @@ from transformers import AutoConfig, GenerationConfig
 
 from ranktune.approximation import activate_approximation, check_approximation
 from ranktune.dequantising import quantisation
-from ranktune.errors import ConfigError, ExportError, did_you_mean
+from ranktune.errors import ConfigError, ExportError
 from ranktune.export import refuse_occupied
 from ranktune.run.atomic import write_folder
 from ranktune.run.session import libraries_quiet
 from ranktune.static_mixture import MeanGate
+from ranktune.storage_dtype import DTYPES, name_of, storage_dtype
 from ranktune.verification.opening import Opened, open_trained
 from ranktune.verification.proof import Agreement, expected_outputs, model_agreement
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def merge_trained(
             value is wrong.
         ExportError: what was written gives other outputs than the adapter on its base; nothing was kept.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+    chosen = None if dtype is None else storage_dtype(dtype)
     refuse_occupied(out)
     check_approximation(approximate)
     opened = open_trained(path, dequantise=dequantize)
@@ -75,7 +73,7 @@ def merge_trained(
             "into the weights they stand for, with --dequantize, for an ordinary model of full size; or keep the "
             "adapter apart."
         )
-    wanted = _own_dtype(opened) if dtype is None else DTYPES[dtype]
+    wanted = chosen or _own_dtype(opened)
     with libraries_quiet():
         approximation = activate_approximation(opened, approximate)
         expected, effect = expected_outputs(opened)
@@ -84,7 +82,7 @@ def merge_trained(
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
         if infinite := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
-            raise ConfigError(f"{infinite[0]} has values that {wanted} cannot hold: choose another dtype.")
+            raise ConfigError(f"{infinite[0]} has values that {name_of(wanted)} cannot hold: choose another dtype.")
         if (generation := _generation_config(opened)) is not None:
             model.generation_config = generation
 

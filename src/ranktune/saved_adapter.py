@@ -19,6 +19,7 @@ from ranktune.adapter_file import CONFIG_FILE, AdapterFile, StoredTensor
 from ranktune.config import PEFT_TYPE, RankConfig, config_from_fields
 from ranktune.errors import AdapterFileError, ConfigError
 from ranktune.growing import GrowingUpdate
+from ranktune.module_order import in_usual_order
 from ranktune.nested import NestedUpdate
 from ranktune.peft_compat import FILE_PREFIX, PREFIX, pattern_value
 from ranktune.plain_lora import PlainModule
@@ -92,6 +93,13 @@ class SavedModule:
         """m [out] of a weight-decomposed module."""
         return self.tensors.get("lora_magnitude_vector")
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in use, gates and magnitude among them: what a run's summary counts as active."""
+        if self.update is not None:
+            return self.update.parameters_in_use
+        return sum(tensor.numel() for name, tensor in self.tensors.items() if name != "ranknum")
+
     @torch.no_grad()
     def plain(self) -> PlainModule:
         """As ``B A``, with the scale and all gates inside B; at least float32.
@@ -109,7 +117,7 @@ class SavedAdapter:
 
     Attributes:
         file: the folder. method: the name of ours, or ``lora``, ``dora``, ``adalora`` of stock PEFT.
-        modules: by module name in the base model. others: tensors of modules trained in full, by name in the file.
+        modules: by module name in the base model, in the usual order. others: tensors of modules trained in full, by name in the file.
     """
 
     file: AdapterFile
@@ -164,7 +172,8 @@ def load_saved_adapter(file: AdapterFile) -> SavedAdapter:
             updates[name] = _checked_update(file, config, name, stored)
     tensors = file.load()
     modules = {}
-    for name, stored in grouped.items():
+    for name in in_usual_order(grouped):
+        stored = grouped[name]
         own = {part: tensors[stored_name] for part, (stored_name, _) in stored.items()}
         nbytes = sum(tensor.nbytes for _, tensor in stored.values())
         out_in = (own["lora_B"].shape[0], own["lora_A"].shape[1])

@@ -54,6 +54,7 @@ def squeeze_trained(
     budget: dict[str, int | float],
     profile: Profile = "compact",
     *,
+    dtype: str | None = None,
     base: str | None = None,
     texts: Path | None = None,
     outputs: bool = True,
@@ -66,7 +67,7 @@ def squeeze_trained(
         path: a run's output directory, or an adapter folder.
         out: the folder to make; it must not exist, or be empty. It appears in one step.
         budget: of `squeeze`, such as ``{"total_rank": 64}``.
-        profile: of `ranktune.export_lora`.
+        profile: of `ranktune.export_lora`. dtype: of `squeeze`.
         base: the base model, as in a recipe. texts: a file of inputs for it, one text a line.
         outputs: whether outputs are compared at all.
 
@@ -79,7 +80,7 @@ def squeeze_trained(
     results: list[SqueezedRun] = []
 
     def fill(folder: Path) -> None:
-        squeezed = squeeze(path, folder, **budget, profile=profile)  # pyright: ignore[reportArgumentType]
+        squeezed = squeeze(path, folder, **budget, profile=profile, dtype=dtype)  # pyright: ignore[reportArgumentType]
         opened, unknown = _opened(path, base, texts) if outputs else (None, "as you asked")
         loss = None if opened is None else output_loss(opened, folder)
         results.append(SqueezedRun(squeezed, loss, unknown))

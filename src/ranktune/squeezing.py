@@ -8,6 +8,7 @@ it costs, and what is left at the end is less than any component that was not ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from ranktune.plain_lora import PlainLora, PlainModule, Profile, check_profile
 from ranktune.recompression import SingularForm, difference_norm, product_norm, singular_form
 from ranktune.run.atomic import write_folder
 from ranktune.saved_adapter import SavedAdapter, load_saved_adapter
+from ranktune.storage_dtype import name_of, storage_dtype
 
 # Rounding of the factors in the file, relative to the module's update.
 _TOLERANCE = 1e-5
@@ -53,8 +55,12 @@ class Squeezed:
         ranks_before, ranks: module name to rank. A module at rank 0 is not in the file.
         errors: module name to the share of its update's Frobenius norm that was lost.
         error: the same of all updates together.
+        whole: whether the budget was enough for every component that is not zero: there was nothing to squeeze.
         parameters_before, parameters: numbers in the factors, without magnitudes and what was trained in full.
-        nbytes_before, nbytes: the size of the tensor file; factors are written in float32, or float64.
+        stored: numbers in the factors in the file, with the zeros that the uniform profile fills them up with.
+        folded: gates and scalings of the adapter before, which are now inside its factors. magnitudes: numbers in them.
+            Together with ``parameters_before`` that is what `inspect` and a run's summary count.
+        nbytes_before, nbytes: the size of the tensor file, with those zeros.
         decomposed: whether the adapter has magnitudes (DoRA); they are kept, and errors are of ``B A`` alone.
     """
 
@@ -63,8 +69,12 @@ class Squeezed:
     ranks: dict[str, int]
     errors: dict[str, float]
     error: float
+    whole: bool
     parameters_before: int
     parameters: int
+    stored: int
+    folded: int
+    magnitudes: int
     nbytes_before: int
     nbytes: int
     decomposed: bool
@@ -79,6 +89,7 @@ def squeeze(
     target_params: int | None = None,
     energy: float | None = None,
     profile: Profile = "compact",
+    dtype: str | None = None,
 ) -> Squeezed:
     """Recompress a saved adapter of the LoRA family, ours or stock PEFT's, under exactly one budget.
 
@@ -93,13 +104,17 @@ def squeeze(
             do not count.
         energy: keep the fewest components that hold this share, in (0, 1], of the squared norm of all updates.
         profile: of `ranktune.export_lora`.
+        dtype: that factors are written in: ``float32``, ``bfloat16`` or ``float16``. By default that of the adapter, if
+            it is at least float32, for which half precision becomes float32. Errors are those after rounding.
 
     Raises:
         AdapterFileError: the adapter cannot be read, or its factors are not all that it adds to its base model.
-        ConfigError: not exactly one budget is given or it keeps nothing, or the adapter's update depends on its input.
+        ConfigError: not exactly one budget is given or it keeps nothing, the adapter's update depends on its input, or
+            ``dtype`` is no such type or cannot hold the factors.
         ExportError: what was written is not what was computed; nothing was kept.
     """
     check_profile(profile)
+    rounded = None if dtype is None else storage_dtype(dtype)
     path = Path(directory)
     refuse_occupied(path)
     saved = load_saved_adapter(read_adapter(adapter_folder(adapter)))
@@ -121,7 +136,7 @@ def squeeze(
             strict=True,
         )
     )
-    kept = {name: _truncated(forms[name], rank, modules[name]) for name, rank in ranks.items() if rank}
+    kept = {name: _truncated(forms[name], rank, modules[name], rounded) for name, rank in ranks.items() if rank}
     lora = PlainLora(kept, _targets(saved, kept), saved.others, _fields(saved, kept))
 
     def fill(folder: Path) -> None:
@@ -130,14 +145,27 @@ def squeeze(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_folder(path, fill)
+    before = sum(module.rank * costs[name] for name, module in modules.items())
+    magnitudes = sum(module.magnitude.numel() for module in modules.values() if module.magnitude is not None)
+    written = load_saved_adapter(read_adapter(path)).modules
+    norms = {name: float(form.values.norm()) for name, form in forms.items()}
+    lost = {name: float(form.values[ranks[name] :].norm()) for name, form in forms.items()}
+    if rounded is not None:
+        lost |= {
+            name: difference_norm((modules[name].A, modules[name].B), (own.A, own.B)) for name, own in kept.items()
+        }
     return Squeezed(
         shapes={name: module.shape for name, module in saved.modules.items()},
         ranks_before={name: module.rank for name, module in modules.items()},
         ranks=ranks,
-        errors={name: form.error(ranks[name]) for name, form in forms.items()},
-        error=_total_error(forms, ranks),
-        parameters_before=sum(module.rank * costs[name] for name, module in modules.items()),
+        errors={name: lost[name] / norms[name] if norms[name] else 0.0 for name in forms},
+        error=math.hypot(*lost.values()) / math.hypot(*norms.values()),
+        whole=not any((form.values[ranks[name] :] > _ZERO * form.values[:1]).any() for name, form in forms.items()),
+        parameters_before=before,
         parameters=sum(rank * costs[name] for name, rank in ranks.items()),
+        stored=sum(module.capacity * costs[name] for name, module in written.items()),
+        folded=sum(module.parameters for module in saved.modules.values()) - before - magnitudes,
+        magnitudes=magnitudes,
         nbytes_before=saved.file.tensor_file.stat().st_size,
         nbytes=(path / TENSOR_FILE).stat().st_size,
         decomposed=lora.decomposed,
@@ -219,16 +247,12 @@ def _components_for(energies: Tensor, forced: Tensor, share: float) -> int:
     return int(forced.sum()) + int((reached < share * reached[-1] * (1.0 - 1e-12)).sum())
 
 
-def _truncated(form: SingularForm, rank: int, before: PlainModule) -> PlainModule:
-    """The module at its new rank, in the precision it had."""
-    A, B = form.factors(rank)
-    return PlainModule(A.to(before.A.dtype), B.to(before.B.dtype), before.magnitude)
-
-
-def _total_error(forms: Mapping[str, SingularForm], ranks: Mapping[str, int]) -> float:
-    squares = {name: form.values.double().square() for name, form in forms.items()}
-    lost = sum(float(values[ranks[name] :].sum()) for name, values in squares.items())
-    return (lost / sum(float(values.sum()) for values in squares.values())) ** 0.5
+def _truncated(form: SingularForm, rank: int, before: PlainModule, dtype: torch.dtype | None) -> PlainModule:
+    """The module at its new rank, in the precision it had, or rounded to another; the magnitude as it is."""
+    A, B = (factor.to(dtype or before.A.dtype) for factor in form.factors(rank))
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise ConfigError(f"dtype={name_of(A.dtype)!r} cannot hold the factors: choose another, or leave it out.")
+    return PlainModule(A, B, before.magnitude)
 
 
 def _targets(saved: SavedAdapter, kept: Mapping[str, PlainModule]) -> list[str] | str:

@@ -28,7 +28,8 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
     record = found.parameters - found.adapter_parameters - in_full
     parts = [f"{found.adapter_parameters:,} parameters in the adapter"]
     parts += [f"{in_full:,} trained in full beside it"] if in_full else []
-    parts += [f"{record:,} that record its ranks"] if record else []
+    idle = any(module.rank < module.capacity for module in found.modules.values())
+    parts += [f"{record:,} {'not in use, or' if idle else 'that'} record its ranks"] if record else []
     yield f"{size(found.nbytes)}: {', '.join(parts)}"
     if found.trained_in_full:
         names = ", ".join(name.removeprefix("base_model.model.") for name in found.trained_in_full)
@@ -36,7 +37,8 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
     if found.history:
         first, last = found.history[0]["step"], found.history[-1]["step"]
         before = sum(ranks) - sum(change["new"] - change["old"] for change in found.history)
-        moved = f"{len(found.history):,} rank changes in steps {first:,} to {last:,}"
+        changes = "1 rank change" if len(found.history) == 1 else f"{len(found.history):,} rank changes"
+        moved = f"{changes} in " + (f"step {first:,}" if first == last else f"steps {first:,} to {last:,}")
         yield f"{moved}: total rank {before:,} to {sum(ranks):,}"
 
 

@@ -31,10 +31,22 @@ def squeezed_lines(result: SqueezedRun, folder: Path) -> Iterator[str]:
     """Sizes, what is lost of the updates and of their effect, and where the result is."""
     squeezed = result.squeezed
     before, after = sum(squeezed.ranks_before.values()), sum(squeezed.ranks.values())
+    if squeezed.whole:
+        yield (
+            f"nothing to squeeze: the budget is no less than this adapter has, total rank {before:,} and "
+            f"{squeezed.parameters_before:,} numbers in the factors, so every component was kept"
+        )
     yield (
         f"total rank {before:,} to {after:,}, {squeezed.parameters_before:,} to {squeezed.parameters:,} numbers in the "
         f"factors, {size(squeezed.nbytes_before)} to {size(squeezed.nbytes)}"
     )
+    if squeezed.stored > squeezed.parameters:
+        yield (
+            f"in the file the factors have {squeezed.stored:,} numbers, with the zeros that the uniform profile fills "
+            "them up with; --profile compact has none"
+        )
+    if beside := list(_beside(squeezed)):
+        yield f"beside the factors: {', '.join(beside)}"
     what = " (of their factors; magnitudes are kept)" if squeezed.decomposed else ""
     yield f"lost of the updates' norm: {squeezed.error:.2%}{what}"
     if dropped := [name for name, rank in squeezed.ranks.items() if rank == 0]:
@@ -47,3 +59,11 @@ def squeezed_lines(result: SqueezedRun, folder: Path) -> Iterator[str]:
     else:
         yield f"outputs were not compared: {result.unknown}"
     yield f"Saved in {folder}."
+
+
+def _beside(squeezed: Squeezed) -> Iterator[str]:
+    """What else `inspect` and a run's summary count as parameters of the adapter."""
+    if squeezed.folded > 0:
+        yield f"{squeezed.folded:,} gates or scalings, now inside them"
+    if squeezed.magnitudes:
+        yield f"{squeezed.magnitudes:,} magnitudes, which are kept"
