@@ -170,7 +170,7 @@ def test_a_grown_module_takes_the_scale_of_its_own_rank(tmp_path):
 
 def test_a_rank_to_cut_at_is_for_nested_adapters(tmp_path):
     model = adapted(ROWS[0])
-    with pytest.raises(ConfigError, match="rank=2 cuts a nested adapter"):
+    with pytest.raises(ConfigError, match="it was not trained to work at other ranks than its own"):
         ranktune.export_lora(model, tmp_path / "cut", rank=2)
     assert list(tmp_path.iterdir()) == []
 
@@ -269,7 +269,7 @@ def test_a_dora_with_zero_rows_is_refused_because_stock_peft_divides_by_them(tmp
     base = build_base("Linear")
     base.wide.weight.data[3] = 0.0
     model = peft.get_peft_model(base, row.config(target_modules=TARGETS))
-    with pytest.raises(ConfigError, match="wide: 1 rows of its weight are zero"):
+    with pytest.raises(ConfigError, match="wide: a row of its weight is zero"):
         ranktune.export_lora(model, tmp_path / "plain")
     ranktune.export_lora(model, tmp_path / "svd", svd_rank=2)
 
@@ -302,7 +302,7 @@ def test_values_that_cannot_work(tmp_path, fields, message):
 
 def test_an_adapter_of_pefts_own_is_refused(tmp_path):
     model = peft.get_peft_model(build_base("Linear"), peft.LoraConfig(target_modules=TARGETS))
-    with pytest.raises(ConfigError, match="LORA adapter of PEFT's own"):
+    with pytest.raises(ConfigError, match=r"PEFT's own \(LORA\)"):
         ranktune.export_lora(model, tmp_path / "plain")
     with pytest.raises(ConfigError, match="no adapters"):
         ranktune.export_lora(build_base("Linear"), tmp_path / "plain")

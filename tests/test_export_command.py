@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from ranktune.merging import merge_trained
 from ranktune.verification import in_stock_peft, opening, proof
 from tests.command_line import command
 from tests.methods import perturb
+from tests.support import PAGE as SUPPORT
 from tests.tiny import write_everything, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:adapter .* is being trained without a controller")
@@ -98,6 +100,51 @@ def test_the_default_place_and_both_profiles(trained, profile):
     again = command("export", trained / "out", "--profile", profile)
     assert again.exit_code == 2
     assert "exists already" in again.output
+
+
+@pytest.mark.usefixtures("here")
+def test_two_ranks_of_one_adapter_have_folders_of_their_own(tmp_path):
+    write_everything(tmp_path)
+    method = {"name": "dylora", "r": 4, "use_dora": True}
+    assert command("train", write_recipe(tmp_path, method=method), "--quiet").exit_code == 0
+    for more in (["--rank", 2], ["--rank", 3], ["--rank", 3, "--profile", "compact"], ["--svd-rank", 2]):
+        done = command("export", tmp_path / "out", *more)
+        assert done.exit_code == 0, done.output
+    made = {path.name: json.loads((path / "adapter_config.json").read_text())["r"] for path in tmp_path.glob("out-*")}
+    assert made == {"out-uniform-rank2": 2, "out-uniform-rank3": 3, "out-compact-rank3": 3, "out-uniform-svd2": 2}
+
+
+def test_the_command_refuses_to_cut_in_the_words_of_the_documentation(trained, tmp_path):
+    done = command("export", trained / "out", "--rank", 2, "--out", tmp_path / "cut")
+    assert done.exit_code == 2
+    row = next(line for line in SUPPORT.read_text().splitlines() if line.startswith("| cutting what is not nested"))
+    documented = row.split("|")[2].strip().replace("'lora'", "'dynamic-dora'")
+    assert done.stderr.strip() == f"error: {documented}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["LORA", "ADALORA"])
+def test_stock_adapters_are_sent_to_the_commands_that_take_them(gpt2, tmp_path, kind):
+    """And those do."""
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    if kind == "ADALORA":
+        config = peft.AdaLoraConfig(init_r=2, total_step=9, target_modules=["c_attn"], fan_in_fan_out=True)
+    base = GPT2LMHeadModel.from_pretrained(gpt2 / "base", dtype=torch.float32)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "stock")
+    done = command("export", tmp_path / "stock", "--out", tmp_path / "plain")
+    assert done.exit_code == 2
+    assert f"is stock PEFT's own adapter ({kind})" in done.stderr
+    advised = re.findall(r"`ranktune (.*?)`", done.stderr)
+    assert [words.split()[0] for words in advised] == ["squeeze", "merge"]
+    for words in advised:
+        done = command(*words.replace("DIR", str(tmp_path / "merged")).split())
+        assert done.exit_code == 0, done.output
+    assert {path.name for path in tmp_path.iterdir()} == {"stock", "stock-energy100", "merged"}
 
 
 @pytest.mark.usefixtures("here")
@@ -192,7 +239,7 @@ def test_values_that_a_dtype_cannot_hold(gpt2, tmp_path, monkeypatch):
         return opened
 
     monkeypatch.setattr(merging, "open_trained", huge)
-    with pytest.raises(ConfigError, match=r"ln_f.bias has values that torch.float16 cannot hold"):
+    with pytest.raises(ConfigError, match=r"ln_f.bias has values that float16 cannot hold"):
         merge_trained(gpt2 / "adapter", tmp_path / "merged", "float16")
     assert list(tmp_path.iterdir()) == []
 

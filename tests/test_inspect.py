@@ -7,6 +7,7 @@ import json
 import peft
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import ranktune
@@ -14,6 +15,7 @@ from ranktune.adapter_file import read_adapter
 from ranktune.adapters import layers, updates
 from ranktune.cli import app
 from ranktune.errors import AdapterFileError
+from ranktune.report.inspection import inspection_lines
 from ranktune.saved_adapter import load_saved_adapter
 from tests.methods import ROWS, TARGETS, build_base, perturb
 from tests.test_export import adapted
@@ -158,6 +160,56 @@ def test_a_run_with_its_history(tmp_path):
     (tmp_path / "ranks.json").write_text('{"history": [{"step": 3}]}')
     with pytest.raises(AdapterFileError, match=r"ranks.json is not what ranktune writes"):
         ranktune.inspect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([10, 10], "2 rank changes in step 10: total rank 4 to 6"),
+        ([10], "1 rank change in step 10:"),
+        ([5, 1200], "2 rank changes in steps 5 to 1,200:"),
+    ],
+)
+def test_when_ranks_changed_in_words(tmp_path, steps, said):
+    model = adapted(next(row for row in ROWS if row.name == "dynamic-dora"))
+    model.save_pretrained(tmp_path / "adapter")
+    final = ranktune.ranks(model)
+    grown = (sum(final.values()) - 3) // len(steps)
+    history = [{"step": step, "module": "wide", "old": 1, "new": 1 + grown, "score": 0.1} for step in steps]
+    (tmp_path / "ranks.json").write_text(json.dumps({"final": final, "history": history}))
+    lines = list(inspection_lines(ranktune.inspect(tmp_path)))
+    assert any(line.startswith(said) for line in lines), lines
+
+
+def test_modules_stand_in_the_order_of_usual_models(tmp_path):
+    """Not in that of the file: layer 10 before 2, keys before queries."""
+    llama = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2, vocab_size=16
+    )  # fmt: skip
+    bert = BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=11, num_attention_heads=2, vocab_size=16)
+    for model in (LlamaForCausalLM(llama), BertForMaskedLM(bert)):
+        order = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name not in ("lm_head", "cls.predictions.decoder")
+        ]
+        config = peft.LoraConfig(r=1, target_modules=order, init_lora_weights=False)
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / type(model).__name__)
+        folder = tmp_path / type(model).__name__
+        assert list(ranktune.inspect(folder).modules) == order
+        squeezed = ranktune.squeeze(folder, tmp_path / "small" / folder.name, energy=1.0)
+        assert list(squeezed.ranks) == list(ranktune.inspect(folder).modules)
+
+
+def test_what_is_not_in_use_is_not_called_a_record(tmp_path):
+    model = adapted(next(row for row in ROWS if row.name == "dylora"))
+    model.save_pretrained(tmp_path / "whole")
+    ranktune.set_rank(model, 2)
+    model.save_pretrained(tmp_path / "cut")
+    for name, words in (("whole", "that record its ranks"), ("cut", "not in use, or record its ranks")):
+        found = ranktune.inspect(tmp_path / name)
+        record = found.parameters - found.adapter_parameters
+        assert f"{record:,} {words}" in " ".join(inspection_lines(found))
 
 
 @pytest.mark.parametrize("name", ["dynamic-dora-decomposed", "dylora", "mor"])

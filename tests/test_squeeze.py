@@ -15,6 +15,8 @@ from ranktune import squeezing
 from ranktune.adapters import layers, updates
 from ranktune.errors import AdapterFileError, ConfigError, ExportError
 from ranktune.recompression import difference_norm, product_norm, singular_form
+from ranktune.report.squeezing import squeezed_lines
+from ranktune.squeezed_run import SqueezedRun
 from ranktune.squeezing import chosen_ranks
 from tests.methods import ROWS, TARGETS, build_base, inputs
 from tests.test_export import adapted, config_of, in_stock_peft, tensors
@@ -376,3 +378,86 @@ def test_an_allocated_adalora(tmp_path):
     (tmp_path / "saved" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterFileError, match=r"says that 4 components of .* were kept"):
         ranktune.squeeze(tmp_path / "saved", tmp_path / "small", energy=1.0)
+
+
+@pytest.mark.parametrize("profile", ["compact", "uniform"])
+def test_what_the_file_holds_and_what_inspect_counts(tmp_path, profile):
+    """Gates go into the factors, magnitudes beside them, and zeros of the uniform profile are told."""
+    for name in ("dynamic-dora", "dora", "increlora"):
+        model = adapted(next(row for row in ROWS if row.name == name))
+        model.save_pretrained(tmp_path / name)
+        total = ranktune.total_rank(model) - 1
+        result = ranktune.squeeze(tmp_path / name, tmp_path / f"{name}-small", total_rank=total, profile=profile)
+        written = tensors(tmp_path / f"{name}-small")
+        factors = [tensor for key, tensor in written.items() if "lora_A" in key or "lora_B" in key]
+        assert result.stored == sum(tensor.numel() for tensor in factors)
+        counted = sum(int((tensor != 0).any(1 if "lora_A" in key else 0).sum()) * tensor.shape["lora_A" in key]
+                      for key, tensor in written.items() if "lora_A" in key or "lora_B" in key)  # fmt: skip
+        assert result.parameters == counted
+        assert (result.stored > result.parameters) == (profile == "uniform")
+        magnitudes = sum(tensor.numel() for key, tensor in written.items() if "magnitude" in key)
+        assert result.magnitudes == magnitudes == (12 + 20 + 7 if name == "dora" else 0)
+        assert result.folded == (0 if name == "dora" else ranktune.total_rank(model))
+        in_use = ranktune.inspect(tmp_path / name).adapter_parameters
+        assert result.parameters_before + result.folded + result.magnitudes == in_use
+        ranktune.compact(model)
+        assert in_use == ranktune.active_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("budget", "whole"),
+    [
+        ({"total_rank": 12}, True),
+        ({"total_rank": 11}, False),
+        ({"target_params": 10**6}, True),
+        ({"energy": 1.0}, True),
+        ({"energy": 0.9}, False),
+    ],
+)
+def test_a_budget_for_everything_is_noticed(tmp_path, budget, whole):
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
+    peft.get_peft_model(build_base("Linear"), config).save_pretrained(tmp_path / "saved")
+    result = ranktune.squeeze(tmp_path / "saved", tmp_path / "small", **budget)
+    assert result.whole == whole
+    said = next(squeezed_lines(SqueezedRun(result, None, "as you asked"), tmp_path / "small"))
+    assert said.startswith("nothing to squeeze: the budget is no less than this adapter has, total rank 12") == whole
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("float32", 2**-24), ("bfloat16", 2**-9), ("float16", 2**-12)])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_factors_in_another_precision_lose_what_is_told(tmp_path, name, dtype, step):
+    model = adapted(next(row for row in ROWS if row.name == name))
+    model.save_pretrained(tmp_path / "saved")
+    whole = ranktune.squeeze(tmp_path / "saved", tmp_path / dtype, energy=1.0, dtype=dtype)
+    assert 0.1 * step < whole.error < 4 * step
+    small = ranktune.squeeze(tmp_path / "saved", tmp_path / "small", total_rank=9, dtype=dtype)
+    saved = tensors(tmp_path / "small")
+    lost = everything = 0.0
+    for module, layer in layers(model, "default"):
+        A, B, scale = layer.update_of("default").plain_factors(layer.scaling["default"])
+        delta = (scale * B.double() @ A.double()).detach()
+        stem = f"base_model.model.{module}.lora_"
+        assert {saved[f"{stem}{part}.weight"].dtype for part in "AB"} == {getattr(torch, dtype)}
+        if name == "dora":
+            assert saved[f"{stem}magnitude_vector"].dtype == torch.float32
+        difference = saved[f"{stem}B.weight"].double() @ saved[f"{stem}A.weight"].double() - delta
+        assert small.errors[module] == pytest.approx(
+            float(difference.norm() / delta.norm()), rel=1e-4 if step > 1e-6 else 0.3
+        )
+        lost += float(difference.square().sum())
+        everything += float(delta.square().sum())
+    assert small.error == pytest.approx((lost / everything) ** 0.5, rel=1e-4 if step > 1e-6 else 0.3)
+    assert not small.whole
+
+
+def test_precisions_that_do_not_work(tmp_path):
+    model = adapted(ROWS[0])
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"dtype='bfloat' must be one of .*Did you mean 'bfloat16'"):
+        ranktune.squeeze(tmp_path / "saved", tmp_path / "small", energy=0.9, dtype="bfloat")
+    with torch.no_grad():
+        dict(layers(model, "default"))["wide"].update_of("default").lora_B.fill_(1e11)
+    model.save_pretrained(tmp_path / "large")
+    with pytest.raises(ConfigError, match="dtype='float16' cannot hold the factors"):
+        ranktune.squeeze(tmp_path / "large", tmp_path / "small", energy=0.9, dtype="float16")
+    assert not (tmp_path / "small").exists()

@@ -7,6 +7,7 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BertModel
 from typer.testing import CliRunner
 
@@ -145,6 +146,28 @@ def test_mistakes_leave_nothing_behind(stock, tmp_path, arguments, message):
     assert done.exit_code == 2
     assert message in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_said_of_padding_and_of_too_large_a_budget(run, tmp_path):
+    """The zeros that fill a uniform file up are in its size, and in a line of their own."""
+    done = command(run / "out", "--budget", "rank=20", "--profile", "uniform", "--out", tmp_path / "even")
+    assert done.exit_code == 0, done.output
+    stored = sum(
+        tensor.numel() for name, tensor in load_file(tmp_path / "even" / "adapter_model.safetensors").items()
+        if ".lora_" in name
+    )  # fmt: skip
+    assert f"in the file the factors have {stored:,} numbers, with the zeros that the uniform profile" in done.output
+    size = (tmp_path / "even" / "adapter_model.safetensors").stat().st_size
+    assert f"to {size / 2**10:.1f} KiB" in done.output
+    assert "nothing to squeeze" not in done.output
+    done = command(run / "out", "--budget", "rank=999", "--out", tmp_path / "same", "--dtype", "bfloat16")
+    assert f"nothing to squeeze: the budget is no less than this adapter has, total rank {4 * LINEAR_MODULES}" in (
+        done.output
+    )
+    assert "in the file the factors have" not in done.output
+    half = (tmp_path / "same" / "adapter_model.safetensors").stat().st_size
+    assert half < (run / "out" / "adapter" / "adapter_model.safetensors").stat().st_size / 1.3
 
 
 def test_outputs_are_left_alone_where_they_are_not_wanted(run, tmp_path):

@@ -24,7 +24,6 @@ from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, ExportError, did_you_mean
 from ranktune.frozen_weight import dense
 from ranktune.magnitude import gain_offset, norm_dtype, row_norms, weight_norms
-from ranktune.methods import DyLoraConfig
 from ranktune.peft_compat import FILE_PREFIX, PREFIX, pattern_value
 from ranktune.plain_lora import (
     PlainLora,
@@ -97,7 +96,7 @@ def export_lora(
     config = _config_of(model, adapter_name)
     if svd_rank is not None and (isinstance(svd_rank, bool) or svd_rank < 1):
         raise ConfigError(f"svd_rank={svd_rank!r} must be a whole number, at least 1.")
-    if rank is not None and isinstance(config, DyLoraConfig):
+    if rank is not None:
         refuse_untrained_rank(model, rank, adapter_name)
     modules, errors = {}, {}
     adapted = dict(layers(model, adapter_name))
@@ -161,8 +160,9 @@ def _refuse_zero_rows(name: str, module: PlainModule, layer: RankLayer) -> None:
     constants = weight_norms(weight)
     zero = int((row_norms(weight, constants, module.A, module.B, 1.0) <= constants.floor).sum())
     if zero:
+        rows = "a row of its weight is" if zero == 1 else f"{zero} rows of its weight are"
         raise ConfigError(
-            f"{name}: {zero} rows of its weight are zero, where stock PEFT's DoRA divides by zero. Export with "
+            f"{name}: {rows} zero, where stock PEFT's DoRA divides by zero. Export with "
             "svd_rank, or merge the adapter into the model."
         )
 
@@ -202,8 +202,8 @@ def _config_of(model: nn.Module, adapter_name: str) -> RankConfig:
     config = configs[adapter_name]
     if not isinstance(config, RankConfig):
         raise ConfigError(
-            f"adapter {adapter_name!r} is a {config.peft_type.value} adapter of PEFT's own: model.save_pretrained "
-            "writes it already."
+            f"adapter {adapter_name!r} is PEFT's own ({config.peft_type.value}): model.save_pretrained writes it "
+            "already, and `ranktune squeeze` another layout or size of what that writes."
         )
     return config
 

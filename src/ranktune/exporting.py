@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from ranktune.adapter_file import CONFIG_FILE, adapter_folder, read_adapter
 from ranktune.adapters import updates
 from ranktune.approximation import activate_approximation, check_approximation
+from ranktune.config import PEFT_TYPE
 from ranktune.dequantising import quantisation
-from ranktune.errors import ExportError
+from ranktune.errors import ConfigError, ExportError
 from ranktune.export import Exported, export_lora, refuse_occupied
 from ranktune.plain_lora import Profile
 from ranktune.rank_setting import at_rank
@@ -64,6 +66,7 @@ def export_trained(
     """
     refuse_occupied(out)
     check_approximation(approximate)
+    _refuse_stock_adapter(path)
     opened = _opened(path, svd_rank)
     results: list[ExportedRun] = []
 
@@ -84,6 +87,22 @@ def export_trained(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_folder(out, fill)
     return results[0]
+
+
+def _refuse_stock_adapter(path: Path) -> None:
+    """There is nothing to export of what PEFT wrote itself.
+
+    Raises:
+        ConfigError: telling which commands take it.
+    """
+    folder = adapter_folder(path)
+    if (folder / CONFIG_FILE).exists() and (kind := read_adapter(folder).config["peft_type"]) != PEFT_TYPE:
+        raise ConfigError(
+            f"{folder} is stock PEFT's own adapter ({kind}), which loads without ranktune as it is. In another layout, "
+            f"with one rank and scale for all modules, `ranktune squeeze {folder} --budget energy=100% --profile "
+            f"uniform` writes it, and smaller with a smaller budget; `ranktune merge {folder} --out DIR` builds it "
+            "into its base model."
+        )
 
 
 def _opened(path: Path, svd_rank: int | None) -> Opened:

@@ -1,4 +1,4 @@
-"""An order of module names that is the model's in the usual architectures, for files that do not say in which they were.
+"""An order of module names that is the model's in the usual architectures, for files that do not tell theirs.
 
 Safetensors files list their tensors by the alphabet: layer 10 before layer 2, and keys before queries.
 """
@@ -35,7 +35,7 @@ _PLACES = {part: place for place, part in enumerate(_FIRST)}
 
 
 def in_usual_order(names: Iterable[str]) -> list[str]:
-    """Layers by their numbers, attention before what follows it, queries before keys before values, the rest by name."""
+    """Layers by number, attention before what follows it, queries before keys before values, the rest by name."""
     return sorted(names, key=_key)
 
 

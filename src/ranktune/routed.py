@@ -142,9 +142,9 @@ class RoutedUpdate(LowRankUpdate):
         if not self.mergeable:
             raise ConfigError(
                 "a mor adapter with a router cannot be merged, converted or written as one weight: its update depends "
-                "on the input. `ranktune export --approximate mean_gate` (in Python ranktune.mean_gate(model, batches)) "
-                "makes a plain LoRA adapter that approximates it, and tells the error; or train with router='uniform', "
-                "which merges exactly."
+                "on the input. `ranktune export --approximate mean_gate` (in Python ranktune.mean_gate(model, "
+                "batches)) makes a plain LoRA adapter that approximates it, and tells the error; or train with "
+                "router='uniform', which merges exactly."
             )
 
     def factors(self, scale: float) -> tuple[Tensor, Tensor, float]:

@@ -97,7 +97,7 @@ class SavedModule:
     def parameters(self) -> int:
         """Numbers in use, gates and magnitude among them: what a run's summary counts as active."""
         if self.update is not None:
-            return self.update.parameters_in_use
+            return self.update.parameters_at(self.rank)
         return sum(tensor.numel() for name, tensor in self.tensors.items() if name != "ranknum")
 
     @torch.no_grad()
@@ -117,7 +117,8 @@ class SavedAdapter:
 
     Attributes:
         file: the folder. method: the name of ours, or ``lora``, ``dora``, ``adalora`` of stock PEFT.
-        modules: by module name in the base model, in the usual order. others: tensors of modules trained in full, by name in the file.
+        modules: by module name in the base model, in the usual order.
+        others: tensors of modules trained in full, by name in the file.
     """
 
     file: AdapterFile

@@ -285,10 +285,7 @@ class LowRankUpdate(nn.Module):
             ConfigError: the update is not nested and cannot be cut, or (in subclasses) is no plain LoRA at all.
         """
         if rank is not None:
-            raise ConfigError(
-                f"rank={rank} cuts a nested adapter (dylora); the components of this one are in no order, and it has "
-                "one rank per module. Leave rank out, or squeeze the adapter to a smaller size."
-            )
+            raise ConfigError(f"rank={rank} cuts a nested update, and the components of this one are in no order.")
         A, B, scale = self.factors(scale)
         if self.gate is None:
             return A, B, scale

@@ -14,7 +14,9 @@ def export(
     trained: Trained,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The folder to make. Default: OUT-uniform or OUT-compact.", show_default=False),
+        typer.Option(
+            "--out", help="The folder to make. Default: such as OUT-uniform or OUT-compact-rank4.", show_default=False
+        ),
     ] = None,
     profile: Profile = ProfileName.uniform,
     rank: Annotated[
@@ -47,7 +49,8 @@ def export(
     from ranktune.report.exports import export_lines
     from ranktune.run.directory import folder_beside
 
-    folder = out or folder_beside(trained, profile.value)
+    cut = [f"{word}{value}" for word, value in (("rank", rank), ("svd", svd_rank)) if value is not None]
+    folder = out or folder_beside(trained, "-".join([profile.value, *cut]))
     result = export_trained(trained, folder, profile.value, rank, svd_rank, approximate)
     if not quiet:
         for line in export_lines(result, folder):

@@ -35,6 +35,13 @@ def squeeze(
         typer.Option("--out", help="The folder to make. Default: such as ADAPTER-rank64.", show_default=False),
     ] = None,
     profile: Profile = ProfileName.compact,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the factors: float32, bfloat16 or float16. Default: that of the adapter, at least float32.",
+            show_default=False,
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +81,9 @@ def squeeze(
     wanted = budget_of(budget)
     ending = "".join(character for character in budget if character.isalnum() or character == ".")
     folder = out or folder_beside(trained, ending)
-    result = squeeze_trained(trained, folder, wanted, profile.value, base=base, texts=texts, outputs=outputs)
+    result = squeeze_trained(
+        trained, folder, wanted, profile.value, dtype=dtype, base=base, texts=texts, outputs=outputs
+    )
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     elif not quiet:

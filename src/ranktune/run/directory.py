@@ -209,5 +209,5 @@ def _remove(item: Path) -> None:
 
 def folder_beside(trained: Path, ending: str) -> Path:
     """Where something made of a run or of an adapter goes unless another folder is named: NAME-ending beside it."""
-    whole = trained.resolve()
+    whole = trained.resolve() if trained.name in ("", "..") else trained
     return whole.with_name(f"{whole.name}-{ending}")
