@@ -147,6 +147,21 @@ def test_a_budget_below_the_smallest_rank_is_missed_openly(recipe: Path, tmp_pat
     assert share.budget == COMPONENTS
 
 
+def test_experts_that_leave_no_room_for_a_rank_are_halved_unless_set_by_hand(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "mor,mor[num_experts=8]", "method.r=6", "train.epochs=5")
+    (_, fitted), (_, by_hand) = grid.shares
+    assert fitted.planned is not None
+    assert by_hand.planned is not None
+    assert fitted.method["num_experts"] == 4
+    assert fitted.planned <= 6 * COMPONENTS < by_hand.planned
+    assert "num_experts=4" in fitted.note
+    assert by_hand.method["num_experts"] == 8
+    own = grid_of(recipe, tmp_path, "mor", "method.name=mor", "method.r=6", "method.num_experts=8").shares[0][1]
+    assert own.method["num_experts"] == 8
+    tight = grid_of(recipe, tmp_path, "mor", "method.r=1", "train.epochs=5").shares[0][1]
+    assert tight.method["num_experts"] == 2  # never one, which is no mixture
+
+
 def test_all_methods_run_on_the_same_recipe_and_only_the_search_holds_data_out(recipe: Path, tmp_path: Path) -> None:
     grid = grid_of(recipe, tmp_path / "out", "lora,dynamic-dora,full", "train.epochs=5", "train.seed=7")
     searches = grid.wanted({})

@@ -63,6 +63,9 @@ def fit(variant: Variant, method: dict[str, Any], budget: int, planner: Planner,
         return _by_parameters(section, budget, planner, file)
     if method_class(section, file) is PeftAdaLora:
         return _adalora(section, budget, planner, file)
+    by_hand = variant.fields.keys() | (method.keys() if variant.name == method["name"] else set())
+    if "num_experts" in known and "num_experts" not in by_hand:
+        section = _with_fewer_experts(section, budget, planner, file)
     return _by_rank(section, budget, planner, file, may_differ=_ranks_may_differ(section, known))
 
 
@@ -93,7 +96,15 @@ def _by_rank(section: dict[str, Any], budget: int, planner: Planner, file: str, 
     complete = _at_rank(section, rank, dict.fromkeys(wider, rank + 1), file)
     planned = planner(complete).adapter
     extra = f" on {len(costs) - len(wider)} modules and {rank + 1} on {len(wider)}" if wider else ""
-    return Share(complete, budget, planned, f"r={rank}{extra}")
+    experts = f", num_experts={complete['num_experts']}" if "num_experts" in complete else ""
+    return Share(complete, budget, planned, f"r={rank}{extra}{experts}")
+
+
+def _with_fewer_experts(section: dict[str, Any], budget: int, planner: Planner, file: str) -> dict[str, Any]:
+    """Half as many experts, and half again, down to two, while their vectors leave no room for even one rank."""
+    while planner(_at_rank(section, 1, {}, file)).adapter > budget and section["num_experts"] >= 4:
+        section = complete_method({**section, "num_experts": section["num_experts"] // 2}, file)
+    return section
 
 
 def _ranks_may_differ(section: dict[str, Any], known: Iterable[str]) -> bool:
