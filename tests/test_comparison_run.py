@@ -110,6 +110,28 @@ def test_records_have_the_fields_of_pefts_method_comparison(recipe: Path, tmp_pa
     assert record["ranks"]["total"] == sum(record["ranks"]["final"].values()) == metrics["total_rank"]
 
 
+@pytest.mark.parametrize(("method", "peft_type"), [("dora", "RANKTUNE"), ("peft-dora", "LORA"), ("full", None)])
+def test_the_page_of_pefts_comparison_can_read_a_record(
+    recipe: Path, tmp_path: Path, method: str, peft_type: str | None
+) -> None:
+    """What `method_comparison/processing.py` takes out of every JSON, as which kind of number."""
+    record = executed(recipe, tmp_path, method, "train.max_steps=1")
+    info, training, meta = record["run_info"], record["train_info"], record["meta_info"]
+    assert info["train_config"]["model_id"] == str(recipe.parent / "model")
+    assert (info["peft_config"] or {"peft_type": None})["peft_type"] == peft_type
+    assert isinstance(info["experiment_name"], str)
+    assert isinstance(info["created_at"], str)
+    last = training["metrics"][-1]
+    whole = ["accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th"]
+    for name in (*whole, "file_size", "num_trainable_params", "num_total_params"):
+        assert isinstance(training[name], int), name
+    for name in ("train samples", "train total tokens"):
+        assert isinstance(last[name], int), name
+    for number in (training["train_time"], info["total_time"], last["train loss"], last["test accuracy"]):
+        assert isinstance(number, float)
+    assert {f"{name}-version" for name in ("peft", "transformers", "datasets", "torch")} <= meta["package_info"].keys()
+
+
 def test_a_search_scores_on_a_part_of_the_training_data_and_leaves_no_weights(recipe: Path, tmp_path: Path) -> None:
     record = executed(recipe, tmp_path, "lora", "train.max_steps=2", search=True)
     assert record["comparison"]["phase"] == "search"

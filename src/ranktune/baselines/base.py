@@ -19,6 +19,8 @@ class Baseline(ABC):
     """What training has to know of a method. Its fields are what a recipe may set; `task_type` is set by the run."""
 
     method_name: ClassVar[str]
+    # PEFT's own name of it, None where it is no adapter.
+    peft_type: ClassVar[str | None] = None
     # Whether a checkpoint has all that it needs to go on.
     resumable: ClassVar[bool] = True
 

@@ -65,6 +65,7 @@ class PeftLora(StockAdapter):
     """PEFT's `LoraConfig`."""
 
     method_name: ClassVar[str] = "peft-lora"
+    peft_type: ClassVar[str | None] = "LORA"
     use_dora: ClassVar[bool] = False
 
     rank_pattern: dict[str, int] = field(
@@ -105,6 +106,7 @@ class PeftAdaLora(StockAdapter):
     """
 
     method_name: ClassVar[str] = "peft-adalora"
+    peft_type: ClassVar[str | None] = "ADALORA"
     resumable: ClassVar[bool] = False  # the allocator's averages are plain attributes
 
     init_r: int | None = field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 
 from ranktune.compare.grid import Run
 from ranktune.compare.measuring import CostCallback
+from ranktune.config import PEFT_TYPE, RankConfig
+from ranktune.recipe.choices import method_class
 
 Event = dict[str, Any]
 
@@ -97,9 +99,28 @@ def _run_info(run: Run, seconds: float) -> dict[str, Any]:
         "total_time": seconds,
         "experiment_name": f"{run.label}/lr-{run.rate:g}/seed-{run.seed}",
         "peft_branch": None,  # an installed release; see meta_info.package_info
-        "train_config": {key: value for key, value in recipe.items() if key not in ("method", "output")},
-        "peft_config": recipe["method"],
+        "train_config": {
+            "model_id": recipe["model"],
+            **{key: value for key, value in recipe.items() if key not in ("method", "output")},
+        },
+        "peft_config": _peft_config(recipe["method"]),
     }
+
+
+def settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe that a record was made with, as far as it decides the result; of full fine-tuning without `method`."""
+    info = record["run_info"]
+    found = {key: value for key, value in info["train_config"].items() if key != "model_id"}
+    if info["peft_config"] is not None:
+        found["method"] = {key: value for key, value in info["peft_config"].items() if key != "peft_type"}
+    return found
+
+
+def _peft_config(method: dict[str, Any]) -> dict[str, Any] | None:
+    """The method with PEFT's name of it; None for full fine-tuning, as PEFT writes it."""
+    kind = method_class(method, "a run of a comparison")
+    name = PEFT_TYPE if issubclass(kind, RankConfig) else kind.peft_type
+    return None if name is None else {"peft_type": name, **method}
 
 
 def _comparison(run: Run) -> dict[str, Any]:

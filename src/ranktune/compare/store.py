@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ranktune.compare.grid import Run
+from ranktune.compare.record import settings
 from ranktune.errors import RecipeError
 from ranktune.run import atomic
 
@@ -69,8 +70,8 @@ class Store:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("comparison", {}).get("fingerprint") == run.fingerprint:
             return
-        then = {**record["run_info"]["train_config"], "method": record["run_info"]["peft_config"]}
         now = {key: value for key, value in run.recipe.resolved().items() if key != "output"}
+        then = {"method": now["method"], **settings(record)}
         raise RecipeError(
             f"{path} was trained with other settings ({_first_difference(then, now) or 'unknown'}). Results of "
             "different settings cannot be compared: choose another --out, or delete what is there."
