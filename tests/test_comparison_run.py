@@ -192,6 +192,32 @@ def test_every_method_sees_the_same_batches(recipe: Path, tmp_path: Path, monkey
             assert torch.equal(one, reference), name
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray's own, about its next release
+def test_a_comparison_on_a_real_ray(recipe: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ranktune[ray]'")
+    out = tmp_path / "out"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        asked = (recipe, "--methods", "lora,dora", "--no-search", "--seeds", 1, "--ray", "--out", out)
+        found = run(*asked, "train.max_steps=2", "method.r=3")
+        weights = recipe.parent / "model" / "model.safetensors"
+        kept = weights.read_bytes()
+        weights.unlink()
+        try:
+            broken = run(*asked[:-1], tmp_path / "broken", "train.max_steps=2")
+        finally:
+            weights.write_bytes(kept)
+    finally:
+        ray.shutdown()
+    assert found.exit_code == 0, found.output
+    assert "[2/2]" in found.output
+    records = Store(out / "runs").records()
+    assert {record["train_info"]["status"] for record in records.values()} == {"success"}
+    assert len(records) == 2
+    assert (out / "report.html").exists()
+    assert "lora lr 0.02 seed 0: failed (ranktune.errors.RecipeError: model: the weights" in broken.output
+
+
 def test_records_are_strict_json(recipe: Path, tmp_path: Path) -> None:
     executed(recipe, tmp_path, "lora", "train.max_steps=1")
     (path,) = (tmp_path / "runs").glob("*.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
@@ -14,6 +14,9 @@ from ranktune.compare.statistics import Interval, PairedTest, holm, paired_test,
 REFERENCE = "lora"
 
 Record = Mapping[str, Any]
+
+# How much more than another a method may train and still be as small, on the Pareto front.
+_SLACK = 1.01
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,11 @@ class MethodSummary:
         costs: means over the runs of train_time, tokens_per_second, file_size and accelerator_memory_*.
         test: against the reference on the seeds that both have, None for the reference itself or without common seeds.
         p_corrected: its t-test's p after Holm's correction over all methods.
-        on_front: whether no method has at most as many parameters and at least its score.
+        on_front: whether no method has at most as many parameters, to one percent, and a better score, nor fewer and
+            at least its score.
         runs: names of its final runs that ended well, by seed.
+        lost: seed to status of the final runs that failed or diverged.
+        waiting: runs that are known to be needed and have no record yet; none in a comparison that has ended.
     """
 
     label: str
@@ -55,6 +61,8 @@ class MethodSummary:
     p_corrected: float | None
     on_front: bool
     runs: dict[int, str]
+    lost: dict[int, str] = field(default_factory=dict)
+    waiting: int = 0
 
     @property
     def residual(self) -> float | None:
@@ -80,6 +88,11 @@ class Summary:
     data: str
     steps: int | None
     memory_kind: str
+
+    @property
+    def waiting(self) -> int:
+        """Runs that are known to be needed and have not been trained yet."""
+        return sum(method.waiting for method in self.methods)
 
     @property
     def reference(self) -> MethodSummary | None:
@@ -127,9 +140,11 @@ def summarise(grid: Grid, records: Mapping[str, Record]) -> Summary:
 
 def _draft(label: str, grid: Grid, records: Mapping[str, Record], wanted: Mapping[str, Any]) -> dict[str, Any]:
     variant, share = next((v, s) for v, s in grid.shares if v.label == label)
-    mine = {name: records[name] for name, run in wanted.items() if run.label == label and name in records}
+    own = [name for name, run in wanted.items() if run.label == label]
+    mine = {name: records[name] for name in own if name in records}
     finals = {name: record for name, record in mine.items() if record["comparison"]["phase"] == "final"}
-    well = {name: record for name, record in finals.items() if record["train_info"]["status"] == "success"}
+    status = {name: record["train_info"]["status"] for name, record in finals.items()}
+    well = {name: record for name, record in finals.items() if status[name] == "success"}
     tried = grid.trials(variant, records)
     scores = {record["comparison"]["seed"]: record["comparison"]["score"] for record in well.values()}
     rates = {run.rate for run in wanted.values() if run.label == label and run.phase == "final"}
@@ -155,6 +170,8 @@ def _draft(label: str, grid: Grid, records: Mapping[str, Record], wanted: Mappin
         "total": average("num_total_params"),
         "costs": {field: value for field in _COSTS if (value := average(field)) is not None},
         "runs": {record["comparison"]["seed"]: name for name, record in well.items()},
+        "lost": {finals[name]["comparison"]["seed"]: how for name, how in status.items() if how != "success"},
+        "waiting": len(own) - len(mine),
     }
 
 
@@ -168,12 +185,22 @@ def _tested(drafts: list[dict[str, Any]], greater: bool) -> list[MethodSummary]:
     corrected = holm([test.p_t if test else None for test in tests])
     placed = [draft for draft in drafts if draft["interval"] is not None]
     sign = 1.0 if greater else -1.0
-    front = pareto_front([draft["trainable"] for draft in placed], [sign * draft["interval"].mean for draft in placed])
+    costs = _about_equal([draft["trainable"] for draft in placed])
+    front = pareto_front(costs, [sign * draft["interval"].mean for draft in placed])
     best = {placed[place]["label"] for place in front}
     return [
         MethodSummary(**draft, test=test, p_corrected=p, on_front=draft["label"] in best)
         for draft, test, p in zip(drafts, tests, corrected, strict=True)
     ]
+
+
+def _about_equal(counts: list[float]) -> list[float]:
+    """Every number as the smallest that it exceeds by less than the slack: a few parameters fewer are no merit."""
+    found: list[float] = []
+    for count in sorted(counts):
+        if not found or count > _SLACK * found[-1]:
+            found.append(count)
+    return [max(start for start in found if start <= count) for count in counts]
 
 
 def _trouble(record: Record) -> str:

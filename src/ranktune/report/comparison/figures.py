@@ -7,15 +7,21 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from ranktune.compare.summary import MethodSummary, Summary
+from ranktune.compare.summary import Summary
 from ranktune.report.comparison.details import MethodDetails
+from ranktune.report.comparison.marks import (
+    marks,
+    metric_words,
+    panel_range,
+    parameter_panels,
+    scored,
+    scores_astray,
+    spread_out,
+    trouble_words,
+)
 from ranktune.report.rank_history import RankHistory
 from ranktune.report.rank_map import rank_grid
 from ranktune.report.style import BLUE, GREEN, GREY, ORANGE
-
-# Okabe and Ito's, and a symbol each: lines are told apart without colour too.
-_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", GREY)
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon", "hexagon")
 
 
 def _figure(height: int, x: str, y: str, **layout: Any) -> go.Figure:
@@ -32,28 +38,19 @@ def _figure(height: int, x: str, y: str, **layout: Any) -> go.Figure:
     return figure.update_layout(**layout)
 
 
-def _scored(summary: Summary) -> list[MethodSummary]:
-    return [method for method in summary.methods if method.interval is not None]
-
-
-def _metric(summary: Summary) -> str:
-    return summary.metric.replace("_", " ")
-
-
 def scores(summary: Summary) -> go.Figure:
-    """Mean with its 95 % interval and every seed, a line per method, the first on top."""
-    methods = _scored(summary)
-    figure = _figure(160 + 56 * len(methods), f"{_metric(summary)} on the evaluation data", "")
-    intervals = [method.interval for method in methods if method.interval]
-    labels = [method.label for method in methods]
+    """Mean with its 95 % interval and every seed, a line per method, the first on top; what has no score says why."""
+    methods = summary.methods
+    figure = _figure(160 + 56 * len(methods), f"{metric_words(summary)} on the evaluation data", "")
+    means = [(row, method.label, method.interval) for row, method in enumerate(methods) if method.interval]
     figure.add_scatter(
-        x=[interval.mean for interval in intervals],
-        y=list(range(len(methods))),
-        customdata=labels,
+        x=[interval.mean for *_, interval in means],
+        y=[row for row, *_ in means],
+        customdata=[label for _, label, _ in means],
         mode="markers",
         name="mean, 95 % t-interval",
         marker={"symbol": "diamond", "size": 13, "color": BLUE},
-        error_x={"array": [interval.half_width or 0.0 for interval in intervals], "color": BLUE, "thickness": 3},
+        error_x={"array": [interval.half_width or 0.0 for *_, interval in means], "color": BLUE, "thickness": 3},
         hovertemplate="%{customdata}: mean %{x:.4f}<extra></extra>",
     )
     # Below the mean and one below the other: equal scores of two seeds are still two marks.
@@ -71,26 +68,63 @@ def scores(summary: Summary) -> go.Figure:
         marker={"size": 8, "color": "rgba(0,0,0,0)", "line": {"color": "#444444", "width": 1.5}},
         hovertemplate="%{customdata}: %{x:.4f}<extra></extra>",
     )
+    labels = [
+        f"{method.label}<br>({words})" if (words := trouble_words(method)) else method.label for method in methods
+    ]
     rows = {"tickvals": list(range(len(methods))), "ticktext": labels, "range": [len(methods) - 0.4, -0.6]}
+    if scores_astray(summary):
+        bounds = np.log10([min(score for score, *_ in seeds), max(score for score, *_ in seeds)])
+        figure.update_layout(xaxis={"type": "log", "range": [bounds[0] - 0.2, bounds[1] + 0.2]})
     return figure.update_layout(
         yaxis={**rows, "ticksuffix": "  "}, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     )
 
 
+_PARAMETERS = "trained parameters at the end, head included"
+
+
 def pareto(summary: Summary) -> go.Figure:
     """Score against trained parameters at the end; the front is marked, and joined by a line."""
-    figure = _figure(520, "trained parameters at the end, head included", _metric(summary))
-    methods = _scored(summary)
-    front = sorted((m for m in methods if m.on_front), key=lambda method: method.trainable or 0.0)
-    figure.add_scatter(
-        x=[method.trainable for method in front],
-        y=[method.interval.mean for method in front if method.interval],
-        mode="lines",
-        line={"shape": "hv", "dash": "dash", "color": GREEN},
-        name="Pareto front",
-        hoverinfo="skip",
+    panels = parameter_panels(scored(summary))
+    figure = _figure(520, "", metric_words(summary))
+    figure.set_subplots(
+        1,
+        len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.09,
+        column_widths=[0.75, 0.25][: len(panels)] if len(panels[0]) >= len(panels[-1]) else [0.25, 0.75],
     )
-    for number, method in enumerate(methods):
+    for column, panel in enumerate(panels, start=1):
+        front = [method for method in panel if method.on_front]
+        figure.add_scatter(
+            x=[method.trainable for method in front],
+            y=[method.interval.mean for method in front if method.interval],
+            mode="lines",
+            line={"shape": "hv", "dash": "dash", "color": GREEN},
+            name="Pareto front",
+            showlegend=column == 1,
+            hoverinfo="skip",
+            row=1,
+            col=column,
+        )
+        log, bounds = spread_out(panel), panel_range(panel)
+        figure.update_xaxes(
+            type="log" if log else "linear",
+            range=np.log10(bounds) if log else bounds,
+            dtick="D2" if log else None,
+            # Of a method by itself the number is the tick.
+            tickvals=[panel[0].trainable] if len(panel) == 1 else None,
+            nticks=5,
+            tickformat=",.4~r" if log else ",d",
+            title=_PARAMETERS if len(panel) == max(map(len, panels)) else None,
+            automargin=True,
+            showgrid=True,
+            gridcolor="#E4E4E4",
+            col=column,
+        )
+    places = {method.label: column for column, panel in enumerate(panels, start=1) for method in panel}
+    for label, mark in marks(summary).items():
+        method = next(method for method in summary.methods if method.label == label)
         if method.interval is None:
             continue
         figure.add_scatter(
@@ -100,26 +134,30 @@ def pareto(summary: Summary) -> go.Figure:
             name=method.label + (" (front)" if method.on_front else ""),
             marker={
                 "size": 14,
-                "symbol": _SYMBOLS[number % len(_SYMBOLS)],
-                "color": _COLOURS[number % len(_COLOURS)],
+                "symbol": mark.symbol,
+                "color": mark.colour,
                 "line": {"width": 2 if method.on_front else 0, "color": "#000000"},
             },
-            error_y={"array": [method.interval.half_width or 0.0], "color": "#BBBBBB"},
             hovertemplate=f"{method.label}: %{{x:,.0f}} parameters, %{{y:.4f}}<extra></extra>",
+            row=1,
+            col=places[label],
         )
-    return figure.update_layout(xaxis={"type": "log", "dtick": "D2"}, legend={"x": 1.02, "y": 1.0})
+    if scores_astray(summary):
+        figure.update_yaxes(type="log")
+    figure.update_yaxes(showgrid=True, gridcolor="#E4E4E4")
+    return figure.update_layout(legend={"x": 1.02, "y": 1.0})
 
 
 def cost(summary: Summary, field: str, scale: float, name: str) -> go.Figure:
     """One bar per method."""
-    methods = [method for method in _scored(summary) if field in method.costs]
+    methods = [method for method in scored(summary) if field in method.costs]
     figure = _figure(120 + 40 * len(methods), name, "")
     figure.add_bar(
         x=[method.costs[field] / scale for method in methods],
         y=[method.label for method in methods],
         orientation="h",
         marker={"color": BLUE},
-        texttemplate="%{x:,.4s}",
+        texttemplate="%{x:,.4~r}",
         textposition="outside",
         cliponaxis=False,
         hovertemplate="%{y}: %{x:,.1f}<extra></extra>",
@@ -129,23 +167,27 @@ def cost(summary: Summary, field: str, scale: float, name: str) -> go.Figure:
 
 def rates(summary: Summary) -> go.Figure:
     """Score on the validation part at every learning rate that was tried; the chosen one is large."""
-    figure = _figure(520, "learning rate", f"{_metric(summary)} on the validation part")
+    figure = _figure(520, "learning rate", f"{metric_words(summary)} on the validation part")
     sign = 1.0 if summary.greater_is_better else -1.0
-    for number, method in enumerate(summary.methods):
+    tried = sorted({rate for method in summary.methods for rate in method.trials})
+    drawn = marks(summary)
+    for method in summary.methods:
         points = [(rate, sign * (trial.score or 0.0)) for rate, trial in method.trials.items() if trial.usable]
+        mark = drawn[method.label]
         figure.add_scatter(
             x=[rate for rate, _ in points],
             y=[score for _, score in points],
             mode="lines+markers",
-            name=method.label,
-            line={"color": _COLOURS[number % len(_COLOURS)]},
-            marker={
-                "symbol": _SYMBOLS[number % len(_SYMBOLS)],
-                "size": [16 if rate == method.rate else 9 for rate, _ in points],
-            },
+            name=method.label if points else f"{method.label} (none usable)",
+            showlegend=True,
+            line={"color": mark.colour, "dash": mark.dash},
+            marker={"symbol": mark.symbol, "size": [16 if rate == method.rate else 9 for rate, _ in points]},
             hovertemplate=f"{method.label}: %{{x:g}}, %{{y:.4f}}<extra></extra>",
         )
-    return figure.update_layout(xaxis={"type": "log", "tickformat": ".1e"}, legend={"x": 1.02, "y": 1.0})
+    ticks = {"tickvals": tried, "ticktext": [f"{rate:g}" for rate in tried]}
+    if scores_astray(summary):
+        figure.update_yaxes(type="log")
+    return figure.update_layout(xaxis={"type": "log", **ticks}, legend={"x": 1.02, "y": 1.0})
 
 
 def rank_map(history: RankHistory) -> go.Figure:
@@ -197,7 +239,7 @@ def budget(details: MethodDetails) -> go.Figure:
 
 def importance(details: MethodDetails) -> go.Figure:
     """Everything that was scored, by falling importance; kept and dropped ones told apart."""
-    figure = _figure(360, "by importance", "importance (running average)")
+    figure = _figure(360, "place by falling importance", "importance (running average)")
     scored = [(score, True) for score in details.kept] + [(score, False) for score in details.dropped]
     placed = [(place, *item) for place, item in enumerate(sorted(scored, key=lambda item: -item[0]), start=1)]
     for kept, name, color, symbol in ((True, "kept", BLUE, "circle"), (False, "dropped", GREY, "x")):

@@ -75,8 +75,14 @@ def _paragraphs(lines: list[str]) -> str:
 def _table(table: text.Table) -> str:
     head, body = table
     row = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
-    return f'<div class="wide"><table><thead><tr>{row}</tr></thead><tbody>{rows}</tbody></table></div>'
+    rows = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in line) + "</tr>" for line in body)
+    named = f"<thead><tr>{row}</tr></thead>" if any(head) else ""
+    return f'<div class="wide"><table>{named}<tbody>{rows}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """Names of variants may break between their fields, intervals nowhere."""
+    return html.escape(text).replace(",", ",<wbr>").replace("[", "[<wbr>").replace(" to ", "&nbsp;to&nbsp;")
 
 
 def _scores(builder: _Builder, summary: Summary) -> str:

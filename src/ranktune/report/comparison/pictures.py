@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ranktune.compare.summary import MethodSummary, Summary
-from ranktune.report.style import BLUE, GREEN, GREY, ORANGE, dress, new_figure, save
-
-# Told apart by colour, in Okabe and Ito's palette, and by shape.
-_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000", GREY)
-_MARKERS = "osD^v<>P*X"
+from ranktune.report.comparison.marks import (
+    marks,
+    metric_words,
+    panel_range,
+    parameter_panels,
+    scored,
+    scores_astray,
+    spread_out,
+    trouble_words,
+)
+from ranktune.report.style import BLUE, GREEN, ORANGE, dress, new_figure, save
 
 
 def draw(out: Path, summary: Summary) -> list[Path]:
     """Draw what there is to draw into the folder, and return the paths."""
-    scored = [method for method in summary.methods if method.interval is not None]
     drawn: dict[str, Figure] = {}
-    if scored:
-        drawn |= {"score": _scores(scored, summary), "pareto": _pareto(scored, summary), "cost": _cost(scored)}
+    if methods := scored(summary):
+        drawn |= {"score": _scores(summary), "pareto": _pareto(methods, summary), "cost": _cost(methods)}
     tried = [method for method in summary.methods if any(trial.usable for trial in method.trials.values())]
     if tried:
         drawn["learning_rates"] = _rates(tried, summary)
@@ -31,12 +37,15 @@ def draw(out: Path, summary: Summary) -> list[Path]:
     return paths
 
 
-def _metric(summary: Summary) -> str:
-    return summary.metric.replace("_", " ")
+def _room_for(labels: list[str]) -> float:
+    """Inches that the longest label at the left takes beyond what a figure has for it."""
+    return max(0.0, 0.085 * (max(map(len, labels)) - 16))
 
 
-def _scores(methods: list[MethodSummary], summary: Summary) -> Figure:
-    figure, axes = new_figure(8.0, 1.6 + 0.45 * len(methods))
+def _scores(summary: Summary) -> Figure:
+    methods = summary.methods
+    labels = [f"{method.label}\n({words})" if (words := trouble_words(method)) else method.label for method in methods]
+    figure, axes = new_figure(8.0 + _room_for(labels), 1.6 + 0.45 * len(methods))
     for row, method in enumerate(methods):
         interval = method.interval
         if interval is None:
@@ -46,40 +55,78 @@ def _scores(methods: list[MethodSummary], summary: Summary) -> Figure:
         beside = [row + 0.14 + 0.22 * place / len(method.scores) for place in range(len(method.scores))]
         axes.plot(list(method.scores.values()), beside, "o", color="none", markeredgecolor="#444444", markersize=5)
         axes.plot(interval.mean, row, "D", color=BLUE, markersize=7, zorder=4)
-    axes.set_yticks(range(len(methods)), [method.label for method in methods])
-    axes.invert_yaxis()
-    title = f"{_metric(summary)}: mean (diamond), 95 % t-interval (bar) and every seed (dots)"
-    dress(axes, title, f"{_metric(summary)} on the evaluation data", "")
+    title = f"{metric_words(summary)}: mean (diamond), 95 % t-interval (bar) and every seed (dots)"
+    dress(axes, title, f"{metric_words(summary)} on the evaluation data", "")
+    axes.set_yticks(range(len(methods)), labels)
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    if scores_astray(summary):
+        scores = [score for method in methods for score in method.scores.values()]
+        axes.set_xscale("log")
+        axes.set_xlim(min(scores) / 1.6, max(scores) * 1.6)
+    else:
+        _plain_numbers(axes.xaxis)
     axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
     axes.grid(axis="y", visible=False)
     return figure
 
 
+def _plain_numbers(axis: Axis) -> None:
+    """Every tick as a number that means what it says, and as many as there is room for."""
+    axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
+
+
 def _pareto(methods: list[MethodSummary], summary: Summary) -> Figure:
-    figure, axes = new_figure(9.0, 4.8)
-    front = sorted((m.trainable or 0.0, m.interval.mean) for m in methods if m.on_front and m.interval)
-    axes.step(*zip(*front, strict=True), where="post", color=GREEN, linestyle="--", label="Pareto front", zorder=2)
-    for number, method in enumerate(methods):
-        if method.interval is not None:
-            axes.errorbar(
-                method.trainable or 0.0,
-                method.interval.mean,
-                yerr=method.interval.half_width,
-                fmt=_MARKERS[number % len(_MARKERS)],
-                color=_COLOURS[number % len(_COLOURS)],
-                ecolor="#C8C8C8",
-                markersize=8,
-                label=method.label + (" (front)" if method.on_front else ""),
-                zorder=3,
-            )
-    axes.set_xscale("log")
-    dress(axes, "Score against trained parameters", "trained parameters at the end, head included", _metric(summary))
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    panels = parameter_panels(methods)
+    figure, axes = new_figure(9.0 + _room_for([method.label for method in methods]), 4.8)
+    axes.remove()
+    widths = [1.0] if len(panels) == 1 else [3.0, 1.0] if len(panels[0]) >= len(panels[1]) else [1.0, 3.0]
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for place, (axes, panel) in enumerate(zip(row, panels, strict=True)):
+        front = [
+            (method.trainable or 0.0, method.interval.mean) for method in panel if method.on_front and method.interval
+        ]
+        if front:
+            axes.step(*zip(*front, strict=True), where="post", color=GREEN, linestyle="--", zorder=2)
+        dress(axes, "" if place else "Score against trained parameters", "", "" if place else metric_words(summary))
+        if spread_out(panel):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            # Of a method by itself the number is the tick.
+            alone = [panel[0].trainable or 0.0] if len(panel) == 1 else None
+            axes.xaxis.set_major_locator(MaxNLocator(5) if alone is None else FixedLocator(alone))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+        axes.set_xlim(panel_range(panel))
+    places = {method.label: axes for axes, panel in zip(row, panels, strict=True) for method in panel}
+    keys = [row[0].plot([], [], color=GREEN, linestyle="--", label="Pareto front")[0]]
+    for label, mark in marks(summary).items():
+        method = next((method for method in methods if method.label == label), None)
+        if method is None or method.interval is None:
+            continue
+        keys += places[label].plot(
+            method.trainable or 0.0,
+            method.interval.mean,
+            mark.marker,
+            color=mark.colour,
+            markersize=9,
+            markeredgecolor="#000000" if method.on_front else mark.colour,
+            markeredgewidth=1.5,
+            label=label + (" (front)" if method.on_front else ""),
+            zorder=3,
+        )
+    if scores_astray(summary):
+        row[0].set_yscale("log")
+    else:
+        _plain_numbers(row[0].yaxis)
+    figure.supxlabel("trained parameters at the end, head included", fontsize=10)
+    row[-1].legend(handles=keys, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     return figure
 
 
 def _cost(methods: list[MethodSummary]) -> Figure:
-    figure, axes = new_figure(9.0, 1.8 + 0.42 * len(methods))
+    labels = [method.label for method in methods]
+    figure, axes = new_figure(9.0 + _room_for(labels), 1.8 + 0.42 * len(methods))
     axes.remove()
     panels = figure.subplots(1, 2, sharey=True)
     for panel, field, scale, name in (
@@ -93,20 +140,30 @@ def _cost(methods: list[MethodSummary]) -> Figure:
         panel.margins(x=0.18)
         dress(panel, "", name, "")
         panel.xaxis.set_major_locator(MaxNLocator(5))
-    panels[0].set_yticks(range(len(methods)), [method.label for method in methods])
+    panels[0].set_yticks(range(len(methods)), labels)
     panels[0].invert_yaxis()
     return figure
 
 
 def _rates(methods: list[MethodSummary], summary: Summary) -> Figure:
-    figure, axes = new_figure(9.0, 4.8)
-    for number, method in enumerate(methods):
-        sign = 1.0 if summary.greater_is_better else -1.0
-        points = [(rate, sign * (trial.score or 0.0)) for rate, trial in method.trials.items() if trial.usable]
-        rates, scores = zip(*points, strict=True)
-        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-        axes.plot(rates, scores, color=colour, marker=marker, label=method.label)
+    figure, axes = new_figure(9.0 + _room_for([method.label for method in methods]), 4.8)
+    sign = 1.0 if summary.greater_is_better else -1.0
+    drawn = marks(summary)
+    for method in methods:
+        points = {rate: sign * (trial.score or 0.0) for rate, trial in method.trials.items() if trial.usable}
+        mark = drawn[method.label]
+        axes.plot(
+            *zip(*points.items(), strict=True), mark.line, color=mark.colour, marker=mark.marker, label=method.label
+        )
+        if method.rate in points:
+            axes.plot(method.rate, points[method.rate], mark.marker, color=mark.colour, markersize=11)
+    title = "Learning rates, on the validation part of the training data; the chosen one is large"
+    dress(axes, title, "learning rate", metric_words(summary))
     axes.set_xscale("log")
-    dress(axes, "Learning rates, on the validation part of the training data", "learning rate", _metric(summary))
+    tried = sorted({rate for method in methods for rate in method.trials})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if scores_astray(summary):
+        axes.set_yscale("log")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     return figure

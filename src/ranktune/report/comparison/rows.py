@@ -28,7 +28,7 @@ COLUMNS = (
     ("p_t", "paired t-test, two-sided"),
     ("p_t_holm", "corrected for the number of methods"),
     ("p_wilcoxon", "exact signed-rank test, two-sided"),
-    ("pareto", "whether nothing is smaller and at least as good"),
+    ("pareto", "whether nothing as small, to one percent, is better"),
     ("train_seconds", "mean time of training"),
     ("tokens_per_second", "mean"),
     ("memory_max_mib", "mean of the runs' peaks"),

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from ranktune.compare.statistics import what_seeds_can_show
 from ranktune.compare.summary import MethodSummary, Summary
+from ranktune.report.comparison.marks import trouble_words
 
 Table = tuple[list[str], list[list[str]]]
 
 
 def score_table(summary: Summary) -> Table:
     """Method, score with interval, every seed, learning rate."""
-    metric = summary.metric.replace("_", " ")
+    metric, form = summary.metric.replace("_", " "), _form(summary)
     head = ["method", f"{metric}, mean", "95 % interval", "seeds", "every seed", "learning rate"]
     return head, [
         [
             method.label,
-            "-" if method.interval is None else f"{method.interval.mean:.4f}",
-            _bounds(method.interval.low, method.interval.high) if method.interval else "-",
-            f"{len(method.scores)} of {len(summary.seeds)}",
-            ", ".join(f"{score:.4f}" for score in method.scores.values()) or "-",
+            "-" if method.interval is None else f"{method.interval.mean:{form}}",
+            _bounds(method.interval.low, method.interval.high, form) if method.interval else "-",
+            f"{len(method.scores)} of {len(summary.seeds)}"
+            + (f" ({words})" if (words := trouble_words(method)) else ""),
+            ", ".join(f"{score:{form}}" for score in method.scores.values()) or "-",
             "-" if method.rate is None else f"{method.rate:g}" + (" (edge)" if method.edge else ""),
         ]
         for method in summary.methods
@@ -64,13 +67,14 @@ def cost_table(summary: Summary) -> Table:
 
 def test_table(summary: Summary) -> Table:
     """Every method against the reference, seed by seed."""
+    form = "+" + _form(summary)
     head = ["method", "pairs", "mean difference to lora", "95 % interval", "t-test p", "p, Holm", "signed-rank p"]
     return head, [
         [
             method.label,
             str(method.test.difference.count),
-            f"{method.test.difference.mean:+.4f}",
-            _bounds(method.test.difference.low, method.test.difference.high, "+.4f"),
+            f"{method.test.difference.mean:{form}}",
+            _bounds(method.test.difference.low, method.test.difference.high, form),
             _number(method.test.p_t, "{:.3g}"),
             _number(method.p_corrected, "{:.3g}"),
             _number(method.test.p_wilcoxon, "{:.3g}"),
@@ -83,6 +87,7 @@ def test_table(summary: Summary) -> Table:
 def what_was_done(summary: Summary) -> list[str]:
     """The comparison in sentences."""
     lines = [
+        *unfinished(summary),
         f"{Path(summary.model).name} on {summary.data}; {summary.steps or 0:,} optimizer steps, the same data in the "
         f"same order, the same optimizer and schedule for every method at a seed.",
         f"Every method was given {summary.budget:,} adapter parameters at its end, which is what lora has at the "
@@ -112,6 +117,16 @@ def what_was_done(summary: Summary) -> list[str]:
     return lines
 
 
+def unfinished(summary: Summary) -> list[str]:
+    """What is still to come, where a report is written before the end."""
+    if not summary.waiting:
+        return []
+    return [
+        f"This comparison has not ended: at least {summary.waiting} runs are still to be trained. The same command "
+        "goes on from here."
+    ]
+
+
 def verdict(summary: Summary) -> list[str]:
     """What the tests say, plainly."""
     reference = summary.reference
@@ -122,10 +137,8 @@ def verdict(summary: Summary) -> list[str]:
     found = [m for m in summary.methods if m.p_corrected is not None and m.p_corrected < 0.05 and m.test]
     for method in found:
         mean = method.test.difference.mean if method.test else 0.0
-        word = "better" if sign * mean > 0 else "worse"
-        lines.append(
-            f"{method.label} is {word} than lora by {abs(mean):.4f} (p = {method.p_corrected:.3g} after Holm)."
-        )
+        word, by = "better" if sign * mean > 0 else "worse", f"{abs(mean):{_form(summary)}}"
+        lines.append(f"{method.label} is {word} than lora by {by} (p = {method.p_corrected:.3g} after Holm).")
     if not found:
         lines.append("No method differs significantly from lora here, after Holm's correction for their number.")
     return lines
@@ -141,7 +154,7 @@ def troubles(summary: Summary) -> list[str]:
     lines += [
         f"{method.label}: no learning rate was usable, so it was not compared"
         for method in summary.methods
-        if method.rate is None
+        if method.rate is None and not method.waiting
     ]
     return lines
 
@@ -173,7 +186,14 @@ def markdown_table(table: Table) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _bounds(low: float | None, high: float | None, form: str = ".4f") -> str:
+def _form(summary: Summary) -> str:
+    """Four decimals, and more where the scores would otherwise all read the same."""
+    scores = [score for method in summary.methods for score in method.scores.values()]
+    spread = max(scores, default=0.0) - min(scores, default=0.0)
+    return f".{min(8, max(4, 1 - math.floor(math.log10(spread)))) if spread > 0 else 4}f"
+
+
+def _bounds(low: float | None, high: float | None, form: str) -> str:
     return "-" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
