@@ -7,7 +7,8 @@
 A piece is one `ranktune compare` of a pretrained encoder (all-MiniLM-L6-v2) on the official training data, scored on
 the official dev set: equal final parameters, a learning-rate grid for each method on a tenth of the training data, then
 several seeds. Its report is in `--out`; its figures go to `benchmarks/results/`, and from there to `docs/results.md`
-(`python benchmarks/results_page.py`). A piece may be run with fewer methods or seeds than it has; the page shows which.
+(`python benchmarks/results_page.py`). A piece may be run with fewer methods or seeds than it has, and `--report-only`
+keeps what there is of one that has not ended; the page shows which.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from stepcost.machine import Machine
 console = Console()
 
 
-def run(piece: Piece, methods: str, seeds: int, out: Path, jobs: int) -> Result:
+def run(piece: Piece, methods: str, seeds: int, out: Path, jobs: int, report_only: bool) -> Result:
     """Train what is missing of a piece, write its report, and put its figures together."""
     recipe = piece.recipe(os.environ["RANKTUNE_DATA"], str(out))
     file = Path(f"{piece.name}.yaml")  # for messages only: the recipe has no file
     options = Options(methods=parse_methods(methods), seeds=seeds, out=out)
-    summary, _ = compare_recipe(recipe, file, options, console, jobs=jobs)
+    summary, _ = compare_recipe(recipe, file, options, console, jobs=jobs, report_only=report_only)
     return Result(piece.name, Machine().describe(), summary)
 
 
@@ -56,6 +57,9 @@ def main(
     seeds: Annotated[int | None, typer.Option(min=1, help="Fewer or more; None is the piece's own number.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     out: Annotated[Path, typer.Option(help="Where runs and reports go.")] = Path("runs/glue"),
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Keep the figures of the runs that have ended; train nothing.")
+    ] = False,
 ) -> None:
     """Run pieces of the benchmark, or list them."""
     if not pieces:
@@ -67,7 +71,7 @@ def main(
         raise typer.BadParameter("set RANKTUNE_DATA to the folder that holds glue/.")
     for name in pieces:
         piece = PIECES[name]
-        result = run(piece, methods or piece.methods, seeds or piece.seeds, out.absolute() / name, jobs)
+        result = run(piece, methods or piece.methods, seeds or piece.seeds, out.absolute() / name, jobs, report_only)
         console.print(f"kept: {keep(result)}")
 
 

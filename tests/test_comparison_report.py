@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from ranktune.compare.budget import Share
@@ -19,8 +21,10 @@ from ranktune.compare.record import failed
 from ranktune.compare.store import Store
 from ranktune.compare.summary import Summary, summarise
 from ranktune.recipe import Recipe
-from ranktune.report.comparison import write_report
+from ranktune.report.comparison import figures, text, write_report
 from ranktune.report.comparison.details import read_details
+from ranktune.report.comparison.marks import marks, panel_range, parameter_panels, scores_astray, spread_out
+from ranktune.report.comparison.terminal import outcome_lines, outcome_table
 from tests.browser import Browser, find_browser
 
 SCORES = {
@@ -132,10 +136,26 @@ def test_summaries_are_what_the_records_say(comparison: tuple[Path, Summary, Sto
     assert (nothing.rate, nothing.interval, nothing.test, nothing.on_front) == (None, None, None, False)
     assert methods["lora"].test is None
     front = {label for label, method in methods.items() if method.on_front}
-    assert front == {"dynamic-dora", "full"}
+    assert front == {"dynamic-dora", "full"}  # though lora has two parameters more than the former
+    assert {label: method.lost for label, method in methods.items() if method.lost} == {"dylora": {2: "failed"}}
+    assert summary.waiting == 0
     raw = [m.test.p_t for m in summary.methods if m.test and m.test.p_t is not None]
     assert methods["full"].p_corrected == pytest.approx(min(1.0, min(raw) * len(raw)))
     assert summary.different_data == []
+
+
+def test_the_terminal_shows_a_row_a_method_and_what_must_not_be_missed(
+    comparison: tuple[Path, Summary, Store],
+) -> None:
+    _, summary, _ = comparison
+    console = Console(width=160, file=io.StringIO())
+    console.print(outcome_table(summary))
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    for words in ("dynamic-dora", "0.7567", "mor[num_experts=2]", "90,000", "1,100", "2 of 3 (1 failed)", "0.00316"):
+        assert words in shown, words
+    lines = outcome_lines(summary)
+    assert any("differs significantly" in line or "better than lora" in line for line in lines)
+    assert "did not end well" in lines[-1]
 
 
 def test_other_data_is_noticed(comparison: tuple[Path, Summary, Store], tmp_path: Path) -> None:
@@ -164,12 +184,13 @@ def test_files_of_the_report(comparison: tuple[Path, Summary, Store]) -> None:
     assert rows["lora"]["p_t"] == ""
     assert float(rows["full"]["trainable_params"]) == 90_034
     assert rows["mor[num_experts=2]"]["budget_residual"] == "100"
-    text = (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
     for words in (
         "| dynamic-dora | 0.7567 |", "-2 (-0.20%)", "+100 (+10.00%)", "2.48 times", "p = 0.25", "1,498",
+        "2 of 3 (1 failed)", "0 of 3 (no usable learning rate)",
         "no learning rate was usable", "ValueError", "95 % t-interval", "![score](score.png)", "torch-version: 2",
     ):  # fmt: skip
-        assert words in text, words
+        assert words in report, words
     page = (out / "report.html").read_text()
     assert "<script>no" not in page
     assert "<b>&lora" not in page
@@ -177,6 +198,78 @@ def test_files_of_the_report(comparison: tuple[Path, Summary, Store]) -> None:
     before = page
     write_report(out, summary, store)
     assert (out / "report.html").read_text() == before
+
+
+def drawn_from(tmp_path: Path, scores: dict[str, list[float | None]], parameters: dict[str, int]) -> Summary:
+    """A summary of final runs alone, with a loss for a score; None has not been trained yet."""
+    shares = tuple((v, Share({"name": v.name}, None, None, "")) for v in parse_methods(",".join(scores)))
+    grid = Grid(Recipe(method={"name": "lora", "r": 2}, output="x"), shares, (0, 1), (), 0.1, 1000, tmp_path / "runs")
+    store = Store(grid.runs)
+    store.start()
+    for run in grid.wanted({}):
+        score = scores[run.label][run.seed]
+        if score is not None:
+            record = failed(run, "", 1.0)
+            _succeed(record, score, parameters[run.label])
+            record["comparison"] |= {"metric": "nats", "greater_is_better": False}
+            store.write(run, record)
+    return summarise(grid, store.records())
+
+
+def test_methods_of_one_size_are_not_one_point_beside_a_larger_one(tmp_path: Path) -> None:
+    scores = {"lora": [1.0, 1.1], "dora": [1.2, 1.3], "full": [0.9, 0.9]}
+    summary = drawn_from(tmp_path, scores, {"lora": 1000, "dora": 1200, "full": 90_000})
+    left, right = parameter_panels(summary.methods)
+    assert [[method.label for method in panel] for panel in (left, right)] == [["lora", "dora"], ["full"]]
+    assert not spread_out(left)
+    low, high = panel_range(left)
+    assert low < 1034 < 1234 < high < 2 * 1234
+    figure = figures.pareto(summary)
+    assert {trace.name: trace.xaxis for trace in figure.data if trace.mode == "markers"} == {
+        "lora (front)": "x", "dora": "x", "full (front)": "x2"
+    }  # fmt: skip
+    many = drawn_from(tmp_path / "many", {f"lora[r={r}]": [1.0, 1.0] for r in (1, 4, 16)},
+                      {"lora[r=1]": 1000, "lora[r=4]": 4000, "lora[r=16]": 16_000})  # fmt: skip
+    assert len(parameter_panels(many.methods)) == 1
+    assert figures.pareto(many).layout.xaxis.type == "log"
+
+
+def test_a_loss_that_went_astray_does_not_hide_the_others(tmp_path: Path) -> None:
+    parameters = {"lora": 1000, "dora": 1000}
+    astray = drawn_from(tmp_path, {"lora": [1.0, 1.1], "dora": [900.0, 2e4]}, parameters)
+    near = drawn_from(tmp_path / "near", {"lora": [1.0, 1.1], "dora": [9.0, 20.0]}, parameters)
+    assert [figures.scores(summary).layout.xaxis.type for summary in (astray, near)] == ["log", None]
+    assert [scores_astray(summary) for summary in (astray, near)] == [True, False]
+
+
+def test_close_scores_are_told_with_as_many_digits_as_it_takes(tmp_path: Path) -> None:
+    parameters = {"lora": 1000, "dora": 1000}
+    close = drawn_from(tmp_path, {"lora": [0.500001, 0.500002], "dora": [0.500003, 0.500004]}, parameters)
+    assert [row[4] for row in text.score_table(close)[1]] == ["0.5000010, 0.5000020", "0.5000030, 0.5000040"]
+    assert text.test_table(close)[1][0][2] == "+0.0000020"
+    same = drawn_from(tmp_path / "same", {"lora": [0.5, 0.5], "dora": [0.5, 0.5]}, parameters)
+    assert text.score_table(same)[1][0][4] == "0.5000, 0.5000"
+
+
+def test_what_is_still_to_come_is_said(tmp_path: Path) -> None:
+    summary = drawn_from(tmp_path, {"lora": [1.0, 1.1], "dora": [1.0, None]}, {"lora": 1000, "dora": 1000})
+    assert summary.waiting == 1
+    assert [row[3] for row in text.score_table(summary)[1]] == ["2 of 2", "1 of 2 (1 not trained yet)"]
+    assert "has not ended: at least 1 runs are" in outcome_lines(summary)[0]
+    assert "has not ended" in text.what_was_done(summary)[0]
+    assert not text.troubles(summary)
+
+
+def test_marks_tell_methods_apart_without_colour() -> None:
+    labels = [f"lora[r={r}]" for r in range(1, 41)]
+    shares = tuple((v, Share({"name": "lora"}, None, None, "")) for v in parse_methods(",".join(labels)))
+    grid = Grid(Recipe(method={"name": "lora", "r": 2}, output="x"), shares, (0,), (), 0.1, 1000, Path("nowhere"))
+    found = list(marks(summarise(grid, {})).values())
+    assert len({(mark.colour, mark.symbol) for mark in found}) == len(labels)
+    assert len({(mark.colour, mark.marker) for mark in found}) == len(labels)
+    assert len({mark.symbol for mark in found[:9]}) == len({mark.marker for mark in found[:9]}) == 9
+    by_colour = [(mark.colour, mark.dash) for mark in found[:32]]
+    assert len(set(by_colour)) == 32
 
 
 def test_a_missing_or_bare_run_directory_is_no_error(tmp_path: Path) -> None:
@@ -191,7 +284,7 @@ def test_a_missing_or_bare_run_directory_is_no_error(tmp_path: Path) -> None:
 def test_a_comparison_without_any_score_still_reports(tmp_path: Path) -> None:
     variant = parse_methods("lora")[0]
     recipe = Recipe(method={"name": "lora", "r": 2}, output="unused")
-    grid = Grid(recipe, ((variant, Share({}, 10, 10, "r=2")),), (0,), (), 0.1, 10, tmp_path / "runs")
+    grid = Grid(recipe, ((variant, Share({"name": "lora"}, 10, 10, "r=2")),), (0,), (), 0.1, 10, tmp_path / "runs")
     store = Store(grid.runs)
     store.start()
     for run in grid.wanted({}):
@@ -231,6 +324,9 @@ def test_every_seed_and_the_front_are_drawn(browser: Browser) -> None:
     browser.click("nav button", 0)
     points = browser.value("document.querySelector('#s0 .figure').data.map(trace => trace.x.length)")
     assert points == [5, 14]  # five means, fourteen seeds that ended well
+    rows = browser.value("document.querySelector('#s0 .figure').textContent")
+    assert "dylora(1 failed)" in rows
+    assert "(no usable learning rate)" in rows  # a row of its own all the same
     browser.click("nav button", 1)
     names = browser.value("document.querySelector('#s1 .figure').data.map(trace => trace.name)")
     assert names[0] == "Pareto front"

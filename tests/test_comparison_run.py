@@ -72,6 +72,16 @@ def test_a_comparison_from_the_command_line_and_on_from_there(recipe: Path, tmp_
         f"{method}-seed{seed}.json" for method in ("lora-final-lr0.02", "full-final-lr0.002") for seed in (0, 1)
     }
     assert (out / "runs" / "lora-final-lr0.02-seed0" / "adapter" / "adapter_config.json").exists()
+    so_far = run(*asked, "--seeds", 3, "--report-only")
+    assert "2 of 3 (1 not trained yet)" in so_far.output
+    assert "at least 2 runs are still to be trained" in (out / "report.md").read_text()
+    assert len(list((out / "runs").glob("*.json"))) == 4
+    other = run(*asked, "--seeds", 2, "--report-only", "train.weight_decay=0.5")
+    assert "train.weight_decay: 0.0 then, 0.5 now" in other.stderr
+    nothing = run(*asked[:-2], tmp_path / "nothing", asked[-1], "--report-only")
+    assert nothing.exit_code == 2
+    assert "--report-only: no run has ended" in nothing.stderr
+    assert not (tmp_path / "nothing").exists()
     other = run(*asked, "--seeds", 2, "train.weight_decay=0.5")
     assert other.exit_code == 2
     assert "train.weight_decay: 0.0 then, 0.5 now" in other.stderr

@@ -190,23 +190,26 @@ def test_figures_on_the_page_follow_the_files(tmp_path: Path) -> None:
 def test_a_piece_is_run_as_its_recipe_says(monkeypatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
-    def compare(recipe, file, options, console, *, jobs):  # noqa: ARG001
-        asked.update(recipe=recipe, options=options, jobs=jobs)
+    def compare(recipe, file, options, console, *, jobs, report_only):  # noqa: ARG001
+        asked.update(recipe=recipe, options=options, jobs=jobs, report_only=report_only)
         return summary_of({"lora": {0: 0.5}}), []
 
     monkeypatch.setattr(glue, "compare_recipe", compare)
     monkeypatch.setenv("RANKTUNE_DATA", "data")
     monkeypatch.setattr(glue, "keep", lambda result: keep(result, tmp_path))
-    glue.main(["rte-r8-500"], methods="lora,increlora", seeds=2, jobs=3, out=tmp_path / "runs")
+    glue.main(["rte-r8-500"], methods="lora,increlora", seeds=2, jobs=3, out=tmp_path / "runs", report_only=True)
     assert asked["recipe"] == PIECES["rte-r8-500"].recipe("data", str(tmp_path / "runs" / "rte-r8-500"))
     assert ([v.label for v in asked["options"].methods], asked["options"].seeds) == (["lora", "increlora"], 2)
     assert asked["options"].search
+    assert asked["report_only"] is True
     assert (asked["jobs"], asked["options"].out) == (3, tmp_path / "runs" / "rte-r8-500")
     assert [result.piece for result in kept(tmp_path)] == ["rte-r8-500"]
 
 
 def test_the_command_on_record_leaves_out_where_files_went(monkeypatch) -> None:
     monkeypatch.setattr(
-        sys, "argv", ["/a/b/glue.py", "stsb-r8", "--out", "/home/me/x", "--out=/y", "--methods", "a[b=1]"]
+        sys,
+        "argv",
+        ["/a/b/glue.py", "stsb-r8", "--out", "/home/me/x", "--out=/y", "--methods", "a[b=1]", "--report-only"],
     )
     assert machine.Machine().describe()["command"] == "glue.py stsb-r8 --methods 'a[b=1]'"

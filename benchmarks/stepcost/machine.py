@@ -81,10 +81,10 @@ class Machine:
 
 
 def _command(words: Sequence[str]) -> str:
-    """The script's name and its arguments, but for where its files went."""
+    """What makes the figures again: the script's name and its arguments, but for where its files went."""
     kept = [Path(words[0]).name]
     for before, word in pairwise(words):
-        if before != "--out" and not word.startswith("--out"):
+        if before != "--out" and not word.startswith(("--out", "--report-only")):
             kept.append(shlex.quote(word))
     return " ".join(kept)
 

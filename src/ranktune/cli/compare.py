@@ -9,6 +9,7 @@ import typer
 
 from ranktune.cli.console import standard_output
 from ranktune.cli.options import Debug, Quiet
+from ranktune.cli.refusals import EXIT_INTERRUPTED
 
 
 def compare(
@@ -35,6 +36,9 @@ def compare(
         bool, typer.Option("--ray", help="Train on a Ray cluster instead (pip install ranktune\\[ray]).")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train runs again that failed.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Report the runs that have ended so far; train nothing.")
+    ] = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
 ) -> None:
@@ -68,8 +72,28 @@ def compare(
         search_seeds=search_seeds,
         validation=validation,
     )
-    _, written = compare_recipe(
-        loaded, recipe, options, None if quiet else standard_output(), jobs=jobs, on_ray=ray, retry_failed=retry_failed
-    )
+    console = standard_output()
+    try:
+        summary, written = compare_recipe(
+            loaded,
+            recipe,
+            options,
+            None if quiet else console,
+            jobs=jobs,
+            on_ray=ray,
+            retry_failed=retry_failed,
+            report_only=report_only,
+        )
+    except KeyboardInterrupt as error:
+        typer.echo(
+            f"interrupted; runs that had ended are in {out / 'runs'}. The same command goes on from there, and with "
+            "--report-only it reports them.",
+            err=True,
+        )
+        raise typer.Exit(EXIT_INTERRUPTED) from error
     if not quiet:
-        typer.echo(f"Written: {', '.join(str(path) for path in written)}")
+        from ranktune.report.comparison.terminal import outcome_lines, outcome_table
+
+        console.print(outcome_table(summary))
+        for line in (*outcome_lines(summary), f"Written: {', '.join(str(path) for path in written)}"):
+            typer.echo(line)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ranktune.compare.driver import Options, Pool, Watcher, compare, lay_out
+from ranktune.compare.driver import Options, Pool, Watcher, compare, lay_out, records_of
 from ranktune.compare.ray_pool import RayPool, load_ray
 from ranktune.compare.store import Store
 from ranktune.compare.summary import Summary, summarise
@@ -27,6 +27,7 @@ def compare_recipe(
     jobs: int = 1,
     on_ray: bool = False,
     retry_failed: bool = False,
+    report_only: bool = False,
 ) -> tuple[Summary, list[Path]]:
     """Train what is missing of a comparison and write its report.
 
@@ -34,6 +35,7 @@ def compare_recipe(
         console: where progress is shown; None shows nothing.
         jobs: runs at a time on this machine. on_ray: train on a Ray cluster instead.
         retry_failed: forget the records of failed runs first.
+        report_only: train nothing, and report what is there.
 
     Returns:
         The figures, and the files of the report.
@@ -48,6 +50,13 @@ def compare_recipe(
             f"{file}: 'method.init_from' keeps the ranks of an adapter, and a comparison gives all methods as many "
             "parameters as lora has at one r. Compare without it, or train each method from the adapter."
         )
+    if report_only:
+        grid = lay_out(recipe, file, options)
+        store = Store(grid.runs)
+        if not (records := records_of(grid, store)):
+            raise RecipeError(f"--report-only: no run has ended in {grid.runs}, so there is nothing to report.")
+        summary = summarise(grid, records)
+        return summary, write_report(options.out, summary, store)
     pool_of = _pool(jobs, on_ray)
     grid = lay_out(recipe, file, options)
     store = Store(grid.runs)

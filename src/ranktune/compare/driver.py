@@ -120,9 +120,7 @@ def compare(grid: Grid, pool_of: Callable[[Store], AbstractContextManager[Pool]]
     """
     store = Store(grid.runs)
     store.start()
-    records = store.records()
-    for run in grid.wanted(records):
-        store.refuse_others(run)
+    records_of(grid, store)
     watcher.say(f"{grid.budget:,} adapter parameters each, as many as lora has at r={grid.recipe.method.get('r', 8)}:")
     for line in residual_words((variant.label, share) for variant, share in grid.shares):
         watcher.say(f"  {line}")
@@ -133,6 +131,18 @@ def compare(grid: Grid, pool_of: Callable[[Store], AbstractContextManager[Pool]]
             for run in pool.running:
                 store.forgive(run)
             raise
+
+
+def records_of(grid: Grid, store: Store) -> dict[str, dict[str, Any]]:
+    """Every record in the folder, once it is known that those of the grid's runs were made with its settings.
+
+    Raises:
+        RecipeError: one was not, or is none.
+    """
+    records = store.records()
+    for run in grid.wanted(records):
+        store.refuse_others(run)
+    return records
 
 
 def _work(grid: Grid, store: Store, pool: Pool, watcher: Watcher) -> None:
