@@ -14,8 +14,9 @@ from ranktune.report.style import GREY, dress, save
 from .cases import BytesRow, TimeRow
 from .variants import FROZEN, VARIANTS
 
-# Okabe and Ito's palette in the table's order; the rows after the last colour start again, hatched.
+# Okabe and Ito's palette in the table's order; the rows after the last colour start again, hatched, and again.
 _PALETTE = ("#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73")
+_HATCHES = (None, "///", "...")
 
 # A bar: its height, and how far below and above it the quartiles are.
 Bar = tuple[float, float, float]
@@ -66,7 +67,7 @@ def _grouped_bars(axes: Axes, groups: dict[str, dict[str, Bar]]) -> None:
         bars = [group[name] for group in groups.values()]
         heights = [height for height, _, _ in bars]
         spread = [[below for _, below, _ in bars], [above for _, _, above in bars]]
-        colour, hatch = _look(name)
+        colour, hatch = look(name)
         axes.bar(centres, heights, width * 0.92, color=colour, hatch=hatch)
         if any(map(any, spread)):
             axes.errorbar(centres, heights, spread, fmt="none", ecolor="#333333", elinewidth=1)
@@ -79,13 +80,13 @@ def _grouped_bars(axes: Axes, groups: dict[str, dict[str, Bar]]) -> None:
 
 
 def _legend_patch(name: str) -> Patch:
-    colour, hatch = _look(name)
+    colour, hatch = look(name)
     return Patch(facecolor=colour, hatch=hatch, label=VARIANTS[name].label)
 
 
-def _look(name: str) -> tuple[str, str | None]:
+def look(name: str) -> tuple[str, str | None]:
     """A variant's colour and hatch, the same whichever others are shown."""
     if name == FROZEN:
         return GREY, None
     place = [other for other in VARIANTS if other != FROZEN].index(name)
-    return _PALETTE[place % len(_PALETTE)], "///" if place >= len(_PALETTE) else None
+    return _PALETTE[place % len(_PALETTE)], _HATCHES[place // len(_PALETTE)]

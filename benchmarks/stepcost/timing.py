@@ -6,12 +6,15 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .machine import Machine
 from .variants import Variant
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
@@ -77,23 +80,23 @@ class TrainingStep:
 
 
 def interleave(
-    steps: Mapping[str, Callable[[], StepTime]],
+    steps: Mapping[str, Callable[[], Taken]],
     rounds: int,
     warmup: int,
     each_round: Callable[[], object] = lambda: None,
     seed: int = 0,
-) -> dict[str, list[StepTime]]:
+) -> dict[str, list[Taken]]:
     """Time every variant once a round, in an order shuffled anew each round so that none always follows the same one.
 
     Args:
-        steps: name to one training step.
+        steps: name to one training step, which returns what it took.
         rounds: rounds that count. warmup: rounds before them, discarded.
         each_round: called after every round, for a progress bar.
         seed: of the shuffle.
     """
     order = list(steps)
     shuffle = random.Random(seed).shuffle
-    times: dict[str, list[StepTime]] = {name: [] for name in steps}
+    times: dict[str, list[Taken]] = {name: [] for name in steps}
     for number in range(warmup + rounds):
         shuffle(order)
         for name in order:
