@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup quickstart test test-kills check format bench bench-smoke results support peft-suite clean
+.PHONY: help setup quickstart test test-kills check format bench bench-scaling bench-smoke results support peft-suite clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -44,11 +44,15 @@ format: setup  ## rewrite the files the way `check` wants them
 bench: setup  ## time a training step and count what backward keeps, beside stock PEFT
 	$(BIN)/python benchmarks/step_cost.py
 
-bench-smoke: setup  ## a whole comparison in miniature, with its report, in under three minutes
+bench-scaling: setup  ## how a step's time and memory grow with rank, width, modules and length; ten minutes
+	$(BIN)/python benchmarks/scaling.py
+
+bench-smoke: setup  ## a whole comparison and the scaling study in miniature, in under three minutes
 	rm -rf runs/bench-smoke
 	$(BIN)/ranktune compare examples/compare.yaml --methods lora,dynamic-dora --seeds 2 --out runs/bench-smoke \
 		train.max_steps=8 data.max_train_examples=64 data.max_eval_examples=64
 	test -s runs/bench-smoke/report.html
+	$(BIN)/python benchmarks/scaling.py --miniature --fresh --out runs/bench-smoke/scaling
 
 results: setup  ## write docs/results.md from the figures in benchmarks/results
 	$(BIN)/python benchmarks/results_page.py

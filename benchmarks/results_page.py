@@ -29,6 +29,8 @@ from ranktune.report.comparison.text import (
 from ranktune.run.atomic import write_text
 from sequence_tasks import HEAD as SEQUENCE_HEAD
 from sequence_tasks import Row, spread
+from sweeps.axes import AXES
+from sweeps.tables import table, told
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
@@ -62,6 +64,7 @@ def page(folder: Path = RESULTS) -> str:
     parts += _sequence(folder / "sequence")
     parts += _rank_search(folder / "rank_search")
     parts += _step_cost(folder / "step_cost")
+    parts += _scaling(folder / "scaling")
     return "\n\n".join(parts) + "\n"
 
 
@@ -158,6 +161,29 @@ def _step_cost(folder: Path) -> Iterator[str]:
         )
         yield _command(found["environment"])
         yield markdown_table((["variant", "r", "to the frozen model", "to PEFT LoRA", "quartiles"], rows))
+    if not paths:
+        yield "Not run yet."
+
+
+def _scaling(folder: Path) -> Iterator[str]:
+    yield "## How that grows"
+    paths = [path for name in AXES if (path := folder / f"{name}.json").exists()]
+    for path in paths:
+        found = _read(path)
+        settings = found["settings"]
+        yield f"### {path.stem}: {found['label']}"
+        yield (
+            f"The rest as it is: {', '.join(f'{name} {value:,}' for name, value in found['fixed'].items())}; "
+            f"{settings['precision']}."
+        )
+        for panel in told(found):
+            environment = found[panel.part]["environment"]
+            how = "an exact count"
+            if panel.part != "memory":
+                how = f"{settings['clock']} time, medians of {settings['rounds']} interleaved rounds (quartiles)"
+            yield f"**{panel.title}**, {panel.unit}, {how}. {_where(environment)}"
+            yield _command(environment)
+            yield markdown_table(table(found, panel, quartiles=True))
     if not paths:
         yield "Not run yet."
 

@@ -2,33 +2,35 @@
 
 One thing is varied while the rest stays as it is:
 
-    rank        r, on a layer of a BERT-like encoder, 768 wide, 2 x 128 tokens
+    rank        r, on a layer of a BERT-like encoder, 768 wide, with two
+                sequences of 128 tokens
     width       of that encoder, at r = 8
-    modules     adapted linear layers of an encoder 384 wide: six in each of
-                its layers, and the pooler
+    modules     adapted linear layers of an encoder 384 wide: six in each
+                of its layers, and the pooler
     length      tokens in a sequence, at r = 8 and 768 wide
-    controller  adapted linear layers; what moving their ranks takes of a step:
-                the hooks around the optimizer's own step
+    controller  adapted linear layers; what moving their ranks takes of a
+                step: the hooks around the optimizer's own step
 
-Time is measured as step_cost.py does it: models with random weights, variants
-over shared frozen weights that take turns in shuffled rounds, ratios to stock
-PEFT LoRA formed within a round, medians and quartiles. Memory is an exact count
-of what training keeps besides the frozen weights: what backward needs of the
-batch, the trained parameters, their gradients and AdamW's moments. Controllers
-are beside PEFT's AdaLoRA, whose update_and_allocate has to be called by hand.
+Time is measured as step_cost.py does it: models with random weights,
+variants over shared frozen weights that take turns in shuffled rounds,
+ratios to stock PEFT LoRA formed within a round, medians and quartiles.
+Memory is an exact count of what training keeps besides the frozen weights:
+what backward needs of the batch, the trained parameters, their gradients
+and AdamW's moments. Controllers are beside PEFT's AdaLoRA, whose
+update_and_allocate has to be called by hand.
 
 Every point is a file in OUT/points and is not measured again on the same
-machine with the same versions and options, so a study can be stopped and taken
-up again. OUT/AXIS.json and OUT/AXIS.png are a sweep; copied to results/scaling/
-in benchmarks/, AXIS.json is part of docs/results.md.
+machine with the same versions and options, so a study can be stopped and
+taken up again. OUT/AXIS.json and OUT/AXIS.png are a sweep; copied to
+benchmarks/results/scaling/, AXIS.json is part of docs/results.md.
 
-Examples, the first of which takes minutes on an idle core:
+Examples, the first of which takes some ten minutes on an idle core:
 
     python benchmarks/scaling.py
-    python benchmarks/scaling.py --axes rank,width --methods lora,peft-dora
+    python benchmarks/scaling.py --axes rank,width --methods lora,dora
     python benchmarks/scaling.py --axes rank --points rank=8,512
-    python benchmarks/scaling.py --part memory     # right on a busy machine too
-    python benchmarks/scaling.py --miniature       # seconds, and means nothing
+    python benchmarks/scaling.py --part memory  # on a busy machine too
+    python benchmarks/scaling.py --miniature    # seconds, means nothing
 """
 
 from __future__ import annotations
@@ -43,8 +45,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 
+from ranktune.report.style import save
 from ranktune.run.atomic import write_json
 from stepcost import options
 from stepcost.cases import time_case
@@ -52,10 +57,11 @@ from stepcost.machine import Clock, Machine, Precision, is_busy
 from stepcost.models import encoder
 from stepcost.variants import Variant
 from sweeps.axes import AXES, Axis, Setting, chosen
-from sweeps.chart import draw
+from sweeps.chart import sweep_figure
 from sweeps.hooks import CONTROLLED, hook_case
 from sweeps.memory import memory_case
 from sweeps.points import Point, Points
+from sweeps.tables import Panel, table, told
 
 USUAL = "lora,dora,peft-dora,dynamic-dora,increlora,increlora-scored,mor,dylora,peft-adalora"
 console = Console()
@@ -151,7 +157,7 @@ def main(
         list[str] | None,
         typer.Option(help="AXIS=VALUES, where to measure instead: rank=8,64. Once for each axis.", show_default=False),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Variants, beside frozen and peft-lora.")] = USUAL,
+    methods: Annotated[str, typer.Option(help="Variants of step_cost.py, beside frozen and peft-lora.")] = USUAL,
     part: Annotated[Part, typer.Option(help="memory: exact counts; time: the rest.")] = Part.all,
     rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of each point.")] = 7,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before them that do not count.")] = 1,
@@ -186,11 +192,21 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     for axis in asked:
         record = sweep(axis, study, kept, part)
-        if not {"time", "memory", "hooks"} & record.keys():
+        if not (panels := told(record)):
             continue
+        for panel in panels:
+            console.print(_shown(record, panel))
         write_json(out / f"{axis.name}.json", record)
-        draw(record, out / f"{axis.name}.png")
+        save(sweep_figure(record), out / f"{axis.name}.png")
         console.print(f"written: {out / axis.name}.json, {out / axis.name}.png")
+
+
+def _shown(record: dict[str, Any], panel: Panel) -> Table:
+    head, rows = table(record, panel, quartiles=False)
+    shown = Table(*head, title=f"\n{panel.title}, {panel.unit}", title_justify="left", box=SIMPLE)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,36 +10,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ranktune.report.style import dress, save
+from ranktune.report.style import dress
 from stepcost.chart import look
 from stepcost.variants import REFERENCE, VARIANTS
 
+from .tables import Panel, told
+
 _LINES = {None: "-", "///": "--", "...": "-."}
 _MARKERS = "osD^vPX"
+# How far a line stands beside the one before it, in widths of the picture.
+_ASIDE = 0.003
 _TICKS = tuple(digit * 10.0**power for power in range(-4, 6) for digit in (1, 1.5, 2, 3, 5, 7))
 
 
-@dataclass(frozen=True)
-class Panel:
-    """What of a sweep's record is one set of axes: figures of a part, under a key, times a factor."""
-
-    part: str
-    key: str
-    title: str
-    label: str
-    factor: float = 1.0
-
-
-PANELS = (
-    Panel("time", "step_to_reference", "Time of a training step", "ratio to PEFT LoRA"),
-    Panel("memory", "to_reference", "Memory besides the frozen weights", "ratio to PEFT LoRA"),
-    Panel("hooks", "controller", "A controller's share of a training step", "milliseconds", 1e3),
-)
-
-
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Write the picture of one sweep as PNG; a part that was not measured is left out."""
-    panels = [panel for panel in PANELS if panel.part in record]
+def sweep_figure(record: dict[str, Any]) -> Figure:
+    """The picture of one sweep; a part that was not measured is left out."""
+    panels = told(record)
     figure = Figure(figsize=(1.2 + 5.4 * len(panels), 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     shown: set[str] = set()
@@ -52,20 +36,23 @@ def draw(record: dict[str, Any], path: Path) -> None:
             _draw_line(axes, panel, name, [row for row in rows if row["variant"] == name], place - len(names) / 2)
         shown.update(names)
         _set_scales(axes, sorted({row["value"] for row in rows}))
-        dress(axes, panel.title, record["label"], panel.label)
+        dress(axes, panel.title, record["label"], panel.unit)
+    rest = ", ".join(f"{name} {value:,}" for name, value in record["fixed"].items())
+    figure.suptitle(f"By {record['label']}; the rest stays: {rest}", x=0.01, ha="left", fontsize=10)
     figure.legend(
         handles=[_legend_line(name) for name in VARIANTS if name in shown],
         loc="outside lower center",
         ncols=3 + len(panels) - 1,
         frameon=False,
     )
-    save(figure, path)
+    return figure
 
 
 def _draw_line(axes: Axes, panel: Panel, name: str, rows: list[dict[str, Any]], place: float) -> None:
     """A variant's line, with its quartiles where it has some; a little to the side, so that these do not overlap."""
     spreads = [_spread(row[panel.key], panel.factor) for row in rows]
-    x = [row["value"] * 1.008**place for row in rows]
+    values = [row["value"] for row in rows]
+    x = [value * (max(values) / min(values)) ** (_ASIDE * place) for value in values]
     middle = [median for median, _, _ in spreads]
     away = [[median - low for median, low, _ in spreads], [high - median for median, _, high in spreads]]
     axes.plot(x, middle, **_style(name))
@@ -77,7 +64,7 @@ def _spread(figure: float | dict[str, float], factor: float) -> tuple[float, flo
     """Median, low and high of a figure, which may be exact."""
     if isinstance(figure, dict):
         return figure["median"] * factor, figure["low"] * factor, figure["high"] * factor
-    return (figure * factor,) * 3
+    return figure * factor, figure * factor, figure * factor
 
 
 def _style(name: str) -> dict[str, Any]:
