@@ -19,6 +19,8 @@ from ranktune import exporting, merging
 from ranktune.errors import AdapterFileError, ConfigError, ExportError, RecipeError
 from ranktune.exporting import export_trained
 from ranktune.merging import merge_trained
+from ranktune.report.exports import merge_lines
+from ranktune.tuner import RankTuner
 from ranktune.verification import in_stock_peft, opening, proof
 from tests.command_line import command
 from tests.methods import perturb
@@ -216,6 +218,47 @@ def test_merge_casts_once_and_keeps_tied_weights_shards_and_generation_settings(
     base = GPT2LMHeadModel.from_pretrained(gpt2 / "base", dtype=torch.float32)
     exact = base.transformer.h[0].attn.c_attn.weight + (8 / 2) * (B @ A).T
     assert torch.equal(merged.transformer.h[0].attn.c_attn.weight, exact.to(torch.bfloat16))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("dtype", "step"), [("bfloat16", 2**-8), ("float16", 2**-11), ("float32", 2**-24)])
+def test_what_rounding_does_is_told_apart_from_merging(gpt2, tmp_path, dtype, step):
+    """Against the rounding of every weight by hand; the folder has to give what was rounded, to float32's precision."""
+    result = merge_trained(gpt2 / "adapter", tmp_path / "merged", dtype)
+    opened = opening.open_trained(gpt2 / "adapter")
+    expected = proof.outputs_of(opened.model, opened.batch)
+    with opened.model.disable_adapter():
+        effect = float((expected - proof.outputs_of(opened.model, opened.batch)).abs().max())
+    model = opened.model.merge_and_unload()
+    assert result.merging == pytest.approx(float((proof.outputs_of(model, opened.batch) - expected).abs().max()))
+    assert result.merging < 1e-5
+    model.to(getattr(torch, dtype)).float()
+    rounding = float((proof.outputs_of(model, opened.batch) - expected).abs().max())
+    assert result.rounding == pytest.approx(rounding, rel=1e-4)
+    assert result.agreement.difference < 1e-6 < 1e-4 * result.agreement.largest
+    words = " ".join(merge_lines(result))
+    assert f"merged in float32: largest difference {result.merging:.2g} from the adapter on its base" in words
+    if dtype == "float32":
+        assert "rounded to" not in words
+    else:
+        assert 0.1 * step < rounding < 10 * step * result.agreement.largest
+        assert f"; rounded to {dtype}: {rounding:.2g}, {rounding / effect:.1%} of what the adapter does" in words
+
+
+@pytest.mark.usefixtures("here")
+def test_a_sum_that_is_not_the_adapter_on_its_base_is_not_kept(gpt2, tmp_path, monkeypatch):
+    """Rounding to bfloat16 does not hide it."""
+
+    def wrong(tuner, **options):
+        merged = real(tuner, **options)
+        merged.transformer.h[0].attn.c_attn.weight.data.mul_(1.003)
+        return merged
+
+    real = RankTuner.merge_and_unload
+    monkeypatch.setattr(RankTuner, "merge_and_unload", wrong)
+    with pytest.raises(ExportError, match="with the adapter merged, outputs differ by up to"):
+        merge_trained(gpt2 / "adapter", tmp_path / "merged", "bfloat16")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import peft
@@ -102,7 +103,9 @@ def started(folder, method, kind="Linear", **fields):
 def test_at_step_0_it_is_the_adapter(tmp_path, name, method, kind):
     stock(name, kind).save_pretrained(tmp_path)
     if name.startswith("dora") and method in ("lora", "dylora", "dynamic-dora", "increlora"):
-        with pytest.raises(ConfigError, match=f"is a DoRA: its magnitudes .* and {method} would drop them"):
+        with pytest.raises(
+            ConfigError, match=f"is a DoRA: its magnitudes .* and {method} without use_dora would drop them"
+        ):
             started(tmp_path, method, kind)
         return
     if method.startswith("increlora") and ("uneven" in name or name in ("lora-rslora", "adalora-allocated")):
@@ -228,13 +231,49 @@ def test_a_module_at_rank_0_is_left_alone_or_keeps_its_magnitude(tmp_path):
 
 def test_mixtures_are_no_start_and_have_none(tmp_path):
     stock("lora").save_pretrained(tmp_path / "lora")
-    with pytest.raises(ConfigError, match="mor cannot start from another adapter"):
+    with pytest.raises(ConfigError, match="cannot be where mor starts"):
         ranktune.start_from(build_base("Linear"), tmp_path / "lora", "mor")
     adapted(next(row for row in ROWS if row.name == "mor")).save_pretrained(tmp_path / "mor")
     with pytest.raises(ConfigError, match="depends on the input"):
         ranktune.start_from(build_base("Linear"), tmp_path / "mor", "lora")
     with pytest.raises(ConfigError, match="Did you mean 'dylora'"):
         ranktune.start_from(build_base("Linear"), tmp_path / "lora", "dylor")
+
+
+@pytest.mark.parametrize(("name", "method"), [(n, m) for n in (*STOCK, "ours-decomposed") for m in METHODS] + [
+    (n, "mor") for n in STOCK
+])  # fmt: skip
+def test_what_a_refusal_recommends_works(tmp_path, name, method):
+    """Each of it, for that very folder; and all that works is recommended."""
+    if name == "ours-decomposed":
+        adapted(next(row for row in ROWS if row.name == "dora")).save_pretrained(tmp_path / "saved")
+    else:
+        stock(name).save_pretrained(tmp_path / "saved")
+    plain = method.removesuffix("-decomposed")
+    fields = {"use_dora": True} if method != plain else {}
+    try:
+        ranktune.start_from(build_base("Linear"), tmp_path / "saved", plain, **fields)
+    except ConfigError as error:
+        said = str(error)
+    else:
+        return
+    if "What can start there" not in said:
+        (r,) = re.findall(r"set r (below|above) (\d+)", said)
+        fields["r"] = int(r[1]) + (1 if r[0] == "above" else -1)
+        ranktune.start_from(build_base("Linear"), tmp_path / "saved", plain, **fields)
+        return
+    ways = re.findall(r"([a-z-]+)(?: \(([^)]*)\))?[,.]", said.split("What can start there: ")[1].split(" Or ")[0])
+    assert len(ways) >= 3
+    for way, needs in ways:
+        fields = {"use_dora": True} if "use_dora" in needs else {}
+        for direction, bound in re.findall(r"r (below|above) (\d+)", needs):
+            fields["r"] = int(bound) + (1 if direction == "above" else -1)
+        ranktune.start_from(build_base("Linear"), tmp_path / "saved", way, **fields)
+    decomposed = "dora" in name.split("-")[0] or name == "ours-decomposed"
+    uneven = "uneven" in name or name in ("lora-rslora", "adalora-allocated")
+    known = {"dora", "dylora", "dynamic-dora"} | ({"lora"} if not decomposed else set())
+    assert {way for way, _ in ways} == known | (set() if uneven else {"increlora"})
+    assert ("ranktune export" in said) == (name == "ours-decomposed")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from ranktune.adapter_file import CONFIG_FILE, adapter_folder, read_adapter
 from ranktune.adapters import updates
 from ranktune.approximation import activate_approximation, check_approximation
@@ -75,7 +73,7 @@ def export_trained(
             name = "default" if approximation is None else approximation.adapter_name
             exported = export_lora(opened.model, folder, profile, adapter_name=name, svd_rank=svd_rank)
             agreement = adapter_agreement(opened, folder)
-        if svd_rank is None and not agreement.holds(torch.float32):
+        if svd_rank is None and not agreement.holds:
             raise ExportError(
                 f"in stock PEFT outputs differ by up to {agreement.difference:.3g}, in outputs up to "
                 f"{agreement.largest:.3g} that the adapter moves by up to {agreement.effect:.3g}. Nothing was kept."

@@ -31,9 +31,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ranktune.adapter_file import CONFIG_FILE, adapter_folder, read_adapter
 from ranktune.adapters import layers
-from ranktune.config import METHODS, RankConfig
+from ranktune.config import METHODS, PEFT_TYPE, RankConfig, is_count
 from ranktune.errors import AdapterFileError, ConfigError, did_you_mean
-from ranktune.methods import DyLoraConfig, MorConfig
+from ranktune.methods import DyLoraConfig, DynamicDoraConfig, IncreLoraConfig, MorConfig
 from ranktune.peft_compat import FILE_PREFIX, feature_counts
 from ranktune.plain_lora import exact_pattern
 from ranktune.recompression import singular_form
@@ -119,17 +119,10 @@ def start_fields(start: Start, method: str, given: Mapping[str, Any]) -> dict[st
         ConfigError: the method cannot start from such an adapter, or a field contradicts it.
     """
     kind = METHODS[method]
-    if issubclass(kind, MorConfig):
-        raise ConfigError(
-            f"init_from={str(start.folder)!r}: mor cannot start from another adapter. Its experts are scalings of one "
-            "pair of factors that must start apart from one another, so the model would not be what the adapter made "
-            "of it. lora, dora, dylora, dynamic-dora and increlora can."
-        )
-    if start.decomposed and not given.get("use_dora", kind.method_name == "dora"):
-        raise ConfigError(
-            f"init_from={str(start.folder)!r} is a DoRA: its magnitudes belong to it, and {method} would drop them. "
-            "Use method dora, or set use_dora: true. (`ranktune export --svd-rank` makes a LoRA of one, at a loss.)"
-        )
+    decomposed = bool(given.get("use_dora", kind.method_name == "dora"))
+    if obstacle := _obstacle(start, kind, decomposed):
+        raise ConfigError(f"init_from={str(start.folder)!r} {obstacle} {_ways(start)}")
+    _refuse_target(start, kind, given)
     fields = _ranks(start, kind)
     rslora = bool(given.get("use_rslora", start.saved.file.config.get("use_rslora")))
     ranks = {name: fields.get("init_r") or rank for name, rank in _own_ranks(start).items()}
@@ -158,6 +151,58 @@ def start_fields(start: Start, method: str, given: Mapping[str, Any]) -> dict[st
     return {**fields, **extra, **({"use_dora": True} if start.decomposed else {})}
 
 
+def _obstacle(start: Start, kind: type[RankConfig], decomposed: bool) -> str | None:
+    """What keeps a method, with magnitudes or without, from starting at the adapter."""
+    if issubclass(kind, MorConfig):
+        return (
+            "cannot be where mor starts: its experts are scalings of one pair of factors that must start apart from "
+            "one another, so the model would not be what the adapter made of it."
+        )
+    if start.decomposed and not decomposed:
+        return f"is a DoRA: its magnitudes belong to it, and {kind.method_name} without use_dora would drop them."
+    ranks = _own_ranks(start).values()
+    if issubclass(kind, IncreLoraConfig) and min(ranks) < max(ranks):
+        return (
+            f"has modules of ranks {min(ranks)} to {max(ranks)}, and increlora starts all of them at one (init_r) and "
+            "decides itself who gets more."
+        )
+    return None
+
+
+def _ways(start: Start) -> str:
+    """Which methods can start there, and what they need for it."""
+    highest, ways = max(_own_ranks(start).values()), []
+    for name, kind in METHODS.items():
+        if _obstacle(start, kind, decomposed=True) or (start.decomposed and kind is RankConfig):
+            continue  # a lora with magnitudes is a dora
+        needs = ["use_dora: true"] if start.decomposed and name != "dora" else []
+        if issubclass(kind, DynamicDoraConfig):
+            if highest == 1:
+                continue  # nothing to prune
+            needs.append(f"r below {highest}")
+        if issubclass(kind, IncreLoraConfig):
+            needs.append(f"r above {highest}")
+        ways.append(f"{name} ({', '.join(needs)})" if needs else name)
+    said = f"What can start there: {', '.join(ways)}."
+    if start.decomposed and start.saved.file.config["peft_type"] == PEFT_TYPE:
+        said += f" Or make a LoRA of it first, at a loss: ranktune export {start.folder} --svd-rank {highest}"
+    return said
+
+
+def _refuse_target(start: Start, kind: type[RankConfig], given: Mapping[str, Any]) -> None:
+    """A mean rank at the end that pruning or growth cannot reach from the adapter's ranks."""
+    r, highest = given.get("r", kind.r), max(_own_ranks(start).values())
+    if not is_count(r):
+        return  # refused with the other fields
+    where = f"init_from={str(start.folder)!r} has rank {highest}"
+    if issubclass(kind, DynamicDoraConfig) and r > highest:
+        raise ConfigError(
+            f"{where}, and dynamic-dora prunes from there to a mean rank of r={r}: set r below {highest}."
+        )
+    if issubclass(kind, IncreLoraConfig) and r < highest and given.get("target_params") is None:
+        raise ConfigError(f"{where}, and increlora grows from there to a mean rank of r={r}: set r above {highest}.")
+
+
 def _own_ranks(start: Start) -> dict[str, int]:
     """Module name to rank; a module that has only its magnitude gets a component that adds nothing yet."""
     return {name: max(1, module.factors()[0].shape[0]) for name, module in start.modules.items()}
@@ -166,16 +211,10 @@ def _own_ranks(start: Start) -> dict[str, int]:
 def _ranks(start: Start, kind: type[RankConfig]) -> dict[str, Any]:
     """The fields that say what rank each module starts at."""
     ranks = _own_ranks(start)
-    low, high = min(ranks.values()), max(ranks.values())
+    high = max(ranks.values())
     if not kind.gated:
         r = high if issubclass(kind, DyLoraConfig) else _most_common(ranks)
         return {"r": r, "rank_pattern": _pattern(ranks, r)}
-    if kind.method_name == "increlora" and low < high:
-        raise ConfigError(
-            f"init_from={str(start.folder)!r} has modules of ranks {low} to {high}, and increlora starts all of them "
-            "at one (init_r) and decides itself who gets more. lora, dora and dylora keep uneven ranks, dynamic-dora "
-            f"prunes them from {high}."
-        )
     return {"init_r": high}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ranktune.report.tables import size
+from ranktune.storage_dtype import name_of
 
 if TYPE_CHECKING:
     from ranktune.exporting import ExportedRun
@@ -38,11 +39,17 @@ def export_lines(result: ExportedRun, folder: Path) -> list[str]:
 
 def merge_lines(result: Merged) -> list[str]:
     """Size and proof."""
-    dtype = str(result.dtype).removeprefix("torch.")
+    dtype = name_of(result.dtype)
+    agreement = result.agreement
+    merging = f"merged in float32: largest difference {result.merging:.2g} from the adapter on its base"
+    if dtype != "float32":
+        share = f", {result.rounding / agreement.effect:.1%} of what the adapter does" if agreement.effect else ""
+        merging += f"; rounded to {dtype}: {result.rounding:.2g}{share} (--dtype float32 does not round)"
     return [
         f"{dtype} weights, {size(result.nbytes)}",
-        *_approximation_lines(result.approximation, result.agreement),
-        agreement_line(result.agreement),
+        *_approximation_lines(result.approximation, agreement),
+        merging,
+        agreement_line(agreement),
         f"Saved in {result.directory}.",
     ]
 

@@ -22,8 +22,8 @@ from ranktune.errors import ExportError
 from ranktune.verification import in_stock_peft
 from ranktune.verification.opening import Opened
 
-# Share of the largest output by which the outputs may differ that weights stored in this dtype give in float32.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+# Share of the largest output by which outputs may differ that are computed in float32 from the same weights.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class Agreement:
     inputs: str
     peft: str = peft.__version__
 
-    def holds(self, dtype: torch.dtype) -> bool:
-        """Whether weights rounded to this dtype explain the difference."""
-        return self.difference <= TOLERANCES[dtype] * self.largest
+    @property
+    def holds(self) -> bool:
+        """Whether the order of float32 sums explains the difference."""
+        return self.difference <= TOLERANCE * self.largest
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def adapter_agreement(opened: Opened, folder: Path) -> Agreement:
         ExportError: the folder does not load there.
     """
     expected, effect = expected_outputs(opened)
-    return _agreement(outputs_in_stock_peft(opened, folder), expected, effect, opened.inputs)
+    return agreement_of(outputs_in_stock_peft(opened, folder), expected, effect, opened.inputs)
 
 
 def outputs_in_stock_peft(opened: Opened, folder: Path) -> Tensor:
@@ -81,7 +82,7 @@ def model_agreement(opened: Opened, expected: Tensor, effect: float, folder: Pat
         ExportError: the folder does not load there.
     """
     job = {"weights": str(folder), "revision": None, "adapter": None, "quantization": None, "dequantize": False}
-    return _agreement(_outputs_elsewhere(opened, job), expected, effect, opened.inputs)
+    return agreement_of(_outputs_elsewhere(opened, job), expected, effect, opened.inputs)
 
 
 def expected_outputs(opened: Opened) -> tuple[Tensor, float]:
@@ -92,7 +93,12 @@ def expected_outputs(opened: Opened) -> tuple[Tensor, float]:
     return expected, float((expected - without).abs().max())
 
 
-def _agreement(found: Tensor, expected: Tensor, effect: float, inputs: str) -> Agreement:
+def agreement_of(found: Tensor, expected: Tensor, effect: float, inputs: str) -> Agreement:
+    """How far outputs are from the expected ones; the other arguments as in `Agreement`.
+
+    Raises:
+        ExportError: they have another shape.
+    """
     if found.shape != expected.shape:
         raise ExportError(f"outputs of shape {list(found.shape)} where {list(expected.shape)} were expected.")
     return Agreement(float((found - expected).abs().max()), float(expected.abs().max()), effect, inputs)
