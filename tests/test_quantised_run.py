@@ -28,7 +28,7 @@ from ranktune.merging import merge_trained
 from ranktune.recipe import load_recipe
 from ranktune.run.model import pretrained
 from ranktune.run.prepare import prepare
-from ranktune.run.quantization import quantization_config, unquantised
+from ranktune.run.quantization import in_words, quantization_config, unquantised
 from ranktune.tuner import RankLayer
 from tests.quantised import quantise
 from tests.tiny import LINEAR_MODULES, write_data, write_model, write_recipe
@@ -78,7 +78,7 @@ def test_a_dry_run_tells_what_is_quantised(folder):
     text = " ".join(run("train", folder / "recipe.yaml", "quantization=nf4", "--dry-run").split())
     assert f"{LINEAR_MODULES} of {LINEAR_MODULES + 1} linear layers of the base model in nf4 (bitsandbytes)" in text
     # Per layer 4 x 64 x 64 + 2 x 64 x 128 numbers, and the pooler: 69,632 numbers of 32 bits, or of 4.13.
-    assert "about 0.0 MiB instead of 0.3; as they are: classifier." in text
+    assert "about 35.1 KiB instead of 272.0 KiB; as they are: classifier (trained in full)." in text
     assert not (folder / "out").exists()
 
 
@@ -160,6 +160,23 @@ def test_4_bit_layers_are_those_whose_rows_are_whole_runs_of_scales():
     assert "bert.encoder.layer.0.output.dense" in unquantised("nf4", model, ["classifier"])
     assert "bert.encoder.layer.0.intermediate.dense" not in unquantised("nf4", model, ["classifier"])
     assert "bert.encoder.layer.0.output.dense" not in unquantised("int8", model, ["classifier"])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_stays_as_it_is_has_its_reason(kind):
+    config = BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2, vocab_size=9)
+    model = AutoModelForSequenceClassification.from_config(config)
+    said = in_words(kind, model, unquantised(kind, model, ["classifier", "pooler.dense"]), torch.float32)
+    odd = (
+        "bert.encoder.layer.0.output.dense, bert.encoder.layer.1.output.dense and 2 more (96 inputs, no multiple of 64)"
+    )
+    in_full = "bert.pooler.dense, classifier (trained in full)"
+    expected = {"nf4": f"; as they are: {odd}; {in_full}", "int8": f"; as they are: {in_full}"}
+    assert said.endswith(expected[kind])
+    decoder = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=50, n_positions=16))
+    assert in_words(kind, decoder, unquantised(kind, decoder, []), torch.float32).endswith(
+        "; as they are: lm_head (the output layer, or tied to it)"
+    )
 
 
 def test_stock_peft_trains_on_4_bits_after_it_was_scored(folder):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ranktune.baselines import Baseline, Full
 from ranktune.config import RankConfig
 from ranktune.errors import RecipeError
+from ranktune.report.tables import size
 
 if TYPE_CHECKING:
     from ranktune.recipe.schema import Quantization
@@ -47,24 +47,30 @@ def check_quantization(kind: Quantization, config: RankConfig | Baseline) -> Non
         )
 
 
-def unquantised(kind: Quantization, skeleton: PreTrainedModel, trained_in_full: Iterable[str]) -> list[str]:
-    """What stays as it is: the output layer and whatever is tied to it, modules trained in full, and odd widths.
+def unquantised(kind: Quantization, skeleton: PreTrainedModel, trained_in_full: Iterable[str]) -> dict[str, str]:
+    """What stays as it is, and why: the output layer and whatever is tied to it, what is trained in full, odd widths.
 
     Args:
         skeleton: the model, with or without storage. trained_in_full: names of modules, or their ends.
+
+    Returns:
+        Names of modules, or their ends, each with its reason in words.
     """
-    kept = {*get_keys_to_not_convert(skeleton), *trained_in_full}
+    kept = dict.fromkeys(get_keys_to_not_convert(skeleton), "the output layer, or tied to it")
+    kept |= dict.fromkeys(trained_in_full, "trained in full")
     if kind == "nf4":
-        kept.update(name for name, shape in _linear(skeleton, kind) if shape[1] % _RUN)
-    return sorted(kept)
+        odd = {name: shape[1] for name, shape in _linear(skeleton, kind) if shape[1] % _RUN}
+        kept |= {name: f"{width} inputs, no multiple of {_RUN}" for name, width in odd.items()}
+    return dict(sorted(kept.items()))
 
 
-def quantization_config(kind: Quantization, kept: list[str], compute: torch.dtype) -> Any:
+def quantization_config(kind: Quantization, kept: Iterable[str], compute: torch.dtype) -> Any:
     """What `from_pretrained` is told.
 
     Args:
         kept: the names of what stays as it is. compute: the dtype that 4-bit layers multiply in.
     """
+    kept = list(kept)
     if kind == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -80,30 +86,39 @@ def quantization_config(kind: Quantization, kept: list[str], compute: torch.dtyp
     )
 
 
-def in_words(kind: Quantization, skeleton: PreTrainedModel, kept: list[str], dtype: torch.dtype) -> str:
-    """How many layers are quantised and what that saves, for people.
+def in_words(kind: Quantization, skeleton: PreTrainedModel, kept: Mapping[str, str], dtype: torch.dtype) -> str:
+    """How many layers are quantised and what that saves, which are not and why, for people.
 
     Args:
-        dtype: what the weights would be in otherwise.
+        kept: from `unquantised`. dtype: what the weights would be in otherwise.
 
     Raises:
         RecipeError: none would be.
     """
     shapes = dict(_linear(skeleton, kind))
-    chosen = {name: shape for name, shape in shapes.items() if should_convert_module(name, kept)}
+    chosen = {name: shape for name, shape in shapes.items() if should_convert_module(name, list(kept))}
     if not chosen:
         raise RecipeError(
             f"quantization: '{kind}' finds nothing to quantise in this model"
             + (f": of its layers, none has an input width that is a multiple of {_RUN}." if kind == "nf4" else ".")
         )
     numbers = sum(rows * columns for rows, columns in chosen.values())
-    before, after = (numbers * bits / 8 / 2**20 for bits in (dtype.itemsize * 8, _BITS[kind]))
-    odd = [name for name in shapes if name not in chosen and any(re.fullmatch(key, name) for key in kept)]
+    before, after = (size(int(numbers * bits / 8)) for bits in (dtype.itemsize * 8, _BITS[kind]))
     words = (
-        f"{len(chosen)} of {len(shapes)} linear layers of the base model in {kind} ({_LIBRARIES[kind]}): about "
-        f"{after:.1f} MiB instead of {before:.1f}"
+        f"{len(chosen)} of {len(shapes)} linear layers of the base model in {kind} ({_LIBRARIES[kind]}): about {after} "
+        f"instead of {before}"
     )
-    return words + (f"; as they are: {', '.join(odd[:3])}{'...' if len(odd) > 3 else ''}" if odd else "")
+    reasons: dict[str, list[str]] = {}
+    for name in shapes:
+        if name not in chosen:
+            why = next(reason for key, reason in kept.items() if not should_convert_module(name, [key]))
+            reasons.setdefault(why, []).append(name)
+    as_they_are = [f"{_some(names)} ({why})" for why, names in reasons.items()]
+    return words + (f"; as they are: {'; '.join(as_they_are)}" if as_they_are else "")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def _linear(model: nn.Module, kind: Quantization) -> list[tuple[str, tuple[int, int]]]:
