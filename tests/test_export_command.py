@@ -242,7 +242,7 @@ def test_what_rounding_does_is_told_apart_from_merging(gpt2, tmp_path, dtype, st
         assert "rounded to" not in words
     else:
         assert 0.1 * step < rounding < 100 * step * result.agreement.largest
-        assert f"; rounded to {dtype}: {rounding:.2g}, {100 * rounding / effect:.2g}% of what the adapter does" in words
+        assert f"; rounded to {dtype}: {rounding:.2g}, {rounding / effect:.2%} of what the adapter does" in words
 
 
 @pytest.mark.usefixtures("here")

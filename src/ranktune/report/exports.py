@@ -43,9 +43,7 @@ def merge_lines(result: Merged) -> list[str]:
     agreement = result.agreement
     merging = f"merged in float32: largest difference {result.merging:.2g} from the adapter on its base"
     if dtype != "float32":
-        share = (
-            f", {100 * result.rounding / agreement.effect:.2g}% of what the adapter does" if agreement.effect else ""
-        )
+        share = f", {result.rounding / agreement.effect:.2%} of what the adapter does" if agreement.effect else ""
         merging += f"; rounded to {dtype}: {result.rounding:.2g}{share} (--dtype float32 does not round)"
     return [
         f"{dtype} weights, {size(result.nbytes)}",
