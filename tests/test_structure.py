@@ -36,6 +36,7 @@ FLOORS = [
         "adapter_file",
         "peft_compat",
         "left_out",
+        "unmatched",
         "quantised_weight",
         "dequantising",
         "tuner",

@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 import ranktune.methods  # noqa: F401  (registers every method, so that saved adapters of any of them load)
 from ranktune.config import RankConfig
-from ranktune.errors import ConfigError, did_you_mean
+from ranktune.errors import ConfigError
 from ranktune.left_out import is_all_linear, warn_of_left_out
-from ranktune.peft_compat import PREFIX, CheckedLoading, UnmatchedTargetError, feature_counts, pattern_value, register
+from ranktune.peft_compat import PREFIX, CheckedLoading, feature_counts, pattern_value, register
 from ranktune.quantised_weight import (
     can_dequantise,
     keep_layout,
@@ -34,6 +34,7 @@ from ranktune.quantised_weight import (
     quantised_weight,
     warn_of_misread,
 )
+from ranktune.unmatched import refuse_unmatched
 from ranktune.update import Base, LowRankUpdate
 
 logger = logging.getLogger("ranktune")
@@ -247,11 +248,12 @@ class RankTuner(CheckedLoading):
         """Add an adapter to every targeted module; say what `all-linear` does not reach.
 
         Raises:
-            UnmatchedTargetError: an entry of ``target_modules`` matches nothing. PEFT accepts a list if any entry
-                matches, and a misspelt name would silently adapt less than was asked for.
+            ConfigError: an entry of the configuration matches nothing, and a misspelt name would silently adapt less,
+                or with another rank, than was asked for (`ranktune.unmatched`).
         """
         config = cast(RankConfig, self.peft_config[adapter_name])
-        refuse_unmatched_targets(config, model)
+        modules = dict(modules_outside_adapters(model))
+        refuse_unmatched(config, modules, [name for name, module in modules.items() if _is_linear(module)])
         keep_layout(model)
         warn_of_misread(model)
         if is_all_linear(config):
@@ -347,31 +349,6 @@ def warn_without_controller(adapter: str, warned: dict[Any, Any]) -> None:
         "total_steps=...) before it."
     )
     warnings.warn_explicit(message, UserWarning, __file__, 1, module=__name__, registry=warned)
-
-
-def refuse_unmatched_targets(config: RankConfig, model: nn.Module) -> None:
-    """Check that every entry of a ``target_modules`` list is the name, or the end of the name, of some module.
-
-    Saved configs pass: they may name modules that only the model they were trained on had.
-
-    Raises:
-        UnmatchedTargetError: an entry matches nothing; the message suggests the closest name.
-    """
-    if config.saved or not isinstance(config.target_modules, (set, list)):
-        return
-    modules = dict(modules_outside_adapters(model))
-    ends: set[str] = set()
-    for name in modules:
-        parts = name.split(".")
-        ends.update(".".join(parts[start:]) for start in range(len(parts)))
-    unmatched = sorted(set(config.target_modules) - ends)
-    if unmatched:
-        linear = {name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module)}
-        suggestions = "".join(did_you_mean(name, linear) for name in unmatched)
-        raise UnmatchedTargetError(
-            f"Target modules {unmatched} not found in the base model.{suggestions} "
-            f"Its linear modules end in: {', '.join(sorted(linear))}."
-        )
 
 
 def modules_outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

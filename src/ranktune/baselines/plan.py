@@ -11,7 +11,7 @@ from ranktune.baselines.base import Baseline
 from ranktune.baselines.reading import active_parameters, ranks, trainable_parameters
 from ranktune.errors import RecipeError
 from ranktune.policy import Layout
-from ranktune.run.targets import Plan, PlannedModule
+from ranktune.run.targets import Plan, PlannedModule, refuse_idle_patterns
 
 
 def baseline_plan(config: Baseline, skeleton: nn.Module) -> Plan:
@@ -25,6 +25,7 @@ def baseline_plan(config: Baseline, skeleton: nn.Module) -> Plan:
             model = config.put_on(skeleton)
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"section 'method' cannot be put on this model: {error}") from error
+    refuse_idle_patterns(config, list(ranks(model)))
     modules = []
     for name, rank in ranks(model).items():
         layer = model.get_submodule(f"base_model.model.{name}")

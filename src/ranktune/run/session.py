@@ -62,8 +62,8 @@ def libraries_quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", LeftOutWarning)  # said in the run's own output
             # PEFT takes a module that AdaLoRA pruned to rank 0 for a sharded file.
             warnings.filterwarnings("ignore", r"Adapter .* tensor\(s\) have invalid shape", PeftWarning)
-            # And the masks in its configuration for names of modules.
-            warnings.filterwarnings("ignore", r"The following rank_pattern keys .*\.lora_E'", RuntimeWarning)
+            # And the masks in its configuration for names of modules. Patterns of ours for nothing are refused by name.
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
             yield
     finally:
         log.set_verbosity(level)

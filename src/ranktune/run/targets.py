@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,6 +22,7 @@ from ranktune.config import RankConfig
 from ranktune.errors import RecipeError, did_you_mean
 from ranktune.left_out import explain, is_all_linear, left_out
 from ranktune.policy import Layout
+from ranktune.unmatched import layers_of, missing_layers, unmatched_keys
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Plan:
         return sum(module.rank for module in self.modules)
 
 
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
 def adaptable_modules(model: nn.Module) -> list[str]:
     """Names of the modules that an adapter can sit on."""
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
@@ -94,10 +98,27 @@ def check_targets(config: RankConfig | Baseline, model: nn.Module) -> None:
         _check_names("target_modules", getattr(config, "target_modules", None), linear, everything)
     for field in ("exclude_modules", "modules_to_save"):
         _check_names(field, getattr(config, field, None), everything, everything)
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field, None) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in linear):
-                raise RecipeError(_no_match(field, pattern, linear, everything))
+    for field in _PATTERNS:
+        for key in unmatched_keys(f"'method.{field}'", getattr(config, field, None) or {}, linear):
+            raise RecipeError(_no_match(field, key, linear, everything))
+    if missing := missing_layers(getattr(config, "layers_to_transform", None), linear):
+        raise RecipeError(
+            f"'method.layers_to_transform' names layer {missing[0]}; this model's layers are {layers_of(linear)}."
+        )
+
+
+def refuse_idle_patterns(config: RankConfig | Baseline, adapted: Collection[str]) -> None:
+    """Refuse ``rank_pattern`` and ``alpha_pattern`` for modules that get no adapter.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    for field in _PATTERNS:
+        for key in unmatched_keys(field, getattr(config, field, None) or {}, adapted):
+            raise RecipeError(
+                f"'method.{field}' names '{key}', and no such module is adapted. Adapted modules end in: "
+                f"{', '.join(_ends(adapted)[:20])}. Leave it out, or add it to 'method.target_modules'."
+            )
 
 
 def _check_names(field: str, names: Iterable[str] | str | None, known: list[str], everything: list[str]) -> None:
@@ -151,6 +172,7 @@ def plan(config: RankConfig, skeleton: nn.Module) -> Plan:
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"section 'method' cannot be put on this model: {error}") from error
     named = list(updates(model))
+    refuse_idle_patterns(config, [name for name, _ in named])
     modules = [
         PlannedModule(name, shapes[name], update.rank, update.parameters_at(update.rank), _trainable(update))
         for name, update in named
