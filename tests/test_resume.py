@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from transformers import Trainer
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
 
+from ranktune.errors import AdapterFileError
+from ranktune.recipe import load_recipe
 from ranktune.run.checkpoints import Checkpoint, find_checkpoint
 from ranktune.run.directory import RunDirectory
+from ranktune.run.display import SilentDisplay
 from ranktune.run.manifest import altered, write_manifest
+from ranktune.training import train
 from tests.command_line import command
 from tests.tiny import LINEAR_MODULES, write_everything
 
@@ -485,6 +491,65 @@ def test_early_stopping_survives_a_crash_after_it(tmp_path: Path) -> None:
         assert tensors(out) == expected[0]
         assert metrics_of(out)["steps"] == last
         assert metrics_of(out)["scores"] == expected[1]["scores"]
+
+
+@pytest.fixture(scope="module")
+def ruined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A finished run whose best checkpoint is not its last, as if it had been killed at the very end; the best step."""
+    folder = tmp_path_factory.mktemp("ruined")
+    arguments = [
+        "train.epochs=40", "train.eval_every=3", "train.early_stopping_patience=2", "train.learning_rate=0.3",
+        "train.lr_scheduler=constant", "train.max_grad_norm=0", "train.warmup_ratio=0.0", "train.save_total_limit=null",
+    ]  # fmt: skip
+    assert command("train", write_everything(folder), *arguments, "--quiet").exit_code == 0
+    (folder / "out" / "metrics.json").unlink()
+    newest = find_checkpoint(folder / "out" / "checkpoints").newest
+    assert newest is not None
+    assert 0 < newest.state["best_global_step"] < newest.step
+    return folder / "out", newest.state["best_global_step"]
+
+
+def test_an_altered_best_checkpoint_is_not_what_a_run_ends_with(ruined: tuple[Path, int], tmp_path: Path) -> None:
+    """Noticed before anything is trained, and again by whoever loads it; what the message advises works."""
+    shutil.copytree(ruined[0], tmp_path / "out")
+    best = tmp_path / "out" / "checkpoints" / f"checkpoint-{ruined[1]}"
+    flip(best / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "out" / "adapter")
+    message = refused("train", "--resume", tmp_path / "out")
+    assert f"{best} is the best checkpoint" in message
+    assert "not as it was written: adapter_model.safetensors was altered" in message
+    assert not (tmp_path / "out" / "adapter").exists()
+    shutil.rmtree(best)  # as the message says
+    result = command("train", "--resume", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (
+        f"checkpoint-{ruined[1]}, the best so far, is gone: unless a later one is better, the run ends as at its"
+        in (result.stdout)
+    )
+    last = max((tmp_path / "out" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    ended, at_last = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out" / "adapter", last)
+    )
+    assert all(torch.equal(tensor, at_last[name]) for name, tensor in ended.items() if "lora_" in name)
+
+
+def test_a_best_checkpoint_that_is_altered_while_the_run_goes_on(tmp_path: Path) -> None:
+    """The run ends with an error, and with everything that it needs to be resumed."""
+
+    class Altering(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            if state.best_global_step is not None and state.global_step == state.best_global_step + 1:
+                flip(Path(state.best_model_checkpoint) / "adapter_model.safetensors")
+
+    recipe = write_everything(tmp_path)
+    arguments = [
+        "train.epochs=40", "train.eval_every=3", "train.early_stopping_patience=2", "train.learning_rate=0.3",
+        "train.lr_scheduler=constant", "train.max_grad_norm=0", "train.warmup_ratio=0.0",
+    ]  # fmt: skip
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors was altered"):
+        train(load_recipe(recipe, arguments), recipe, SilentDisplay(), callbacks=[Altering()])
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert find_checkpoint(tmp_path / "out" / "checkpoints").newest is not None
 
 
 def test_whole_models_are_resumed_and_stock_adalora_is_not(tmp_path: Path) -> None:

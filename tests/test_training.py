@@ -306,3 +306,37 @@ def test_a_loss_is_shown_at_the_step_it_is_of() -> None:
         "4: loss 2.0000",
         "5: loss 2.0000 at step 4",
     ]
+
+
+@pytest.mark.parametrize("method", ["increlora", "dynamic-dora", "full"])
+def test_the_rank_that_is_shown_is_that_of_the_step(recipe: Path, tmp_path: Path, method: str) -> None:
+    """Also between two logs, of which the loss is: as the model has it after every single step."""
+    from transformers import TrainerCallback
+
+    from ranktune.run.display import Pace
+
+    shown, real = {}, {}
+
+    class Recorder(SilentDisplay):
+        def pace(self, pace: Pace) -> None:
+            shown[pace.step] = pace.words()
+
+    class Looking(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+            real[state.global_step] = sum(ranktune.ranks(model).values())
+
+    fields = {
+        "increlora": "{name: increlora, r: 3, grow_interval: 2, top_h: 3}",
+        "dynamic-dora": "{name: dynamic-dora, r: 2, prune_interval: 2}",
+        "full": "full",
+    }[method]
+    overrides = [f"method={fields}", f"output={tmp_path / 'out'}", "train.epochs=4", "train.logging_steps=7"]
+    overrides += ["train.learning_rate=1e-4", "train.eval_every=never", "train.save_every=never"]
+    train(load_recipe(recipe, overrides), recipe, Recorder(), callbacks=[Looking()])
+    assert set(shown) >= set(range(25))
+    if method == "full":
+        assert not any("rank" in words for words in shown.values())
+        return
+    assert len(set(real.values())) > 3
+    assert {step: words for step, words in shown.items() if step and f"rank {real[step]}" not in words} == {}
+    assert any("at step" in words for words in shown.values())

@@ -167,7 +167,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > _MAX_CONFIG_BYTES:
         _refuse(path, f"has {size:,} bytes, more than the {_MAX_CONFIG_BYTES:,} that a configuration may have")
-    config = _json_object(path, path.read_bytes())
+    config = _json_object(path, path.read_bytes(), "is no valid JSON", "is truncated or altered")
     if not isinstance(config.get("peft_type"), str):
         _refuse(path, f"has peft_type={config.get('peft_type')!r}, which should name an adapter type")
     for key, kind in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
@@ -215,7 +215,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 path,
                 f"announces a header of {length:,} bytes in a file of {size:,}: it is torn, or no safetensors file",
             )
-        header = _json_object(path, file.read(length))
+        header = _json_object(
+            path,
+            file.read(length),
+            "has a header that is no valid JSON",
+            "is truncated or altered, or no safetensors file",
+        )
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(path, "has metadata that is not text")
@@ -262,11 +267,12 @@ def _is_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
 
 
-def _json_object(path: Path, content: bytes) -> dict[str, Any]:
+def _json_object(path: Path, content: bytes, fault: str, cause: str) -> dict[str, Any]:
+    """The object that a file, or its header, holds. `fault` and `cause`: what is said where it does not parse."""
     try:
         value = json.loads(content.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
-        _refuse(path, f"is not valid JSON ({_short(str(error))})", error)
+        _refuse(path, f"{fault} ({_short(str(error))}): it {cause}", error)
     if not isinstance(value, dict):
         _refuse(path, f"holds {_short(value)} where a JSON object belongs")
     return value

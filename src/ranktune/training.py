@@ -19,7 +19,7 @@ from ranktune.history import history_records
 from ranktune.integrations.trainer import RankCallback, RankEarlyStoppingCallback
 from ranktune.recipe import Recipe, load_recipe, recipe_text
 from ranktune.run import atomic
-from ranktune.run.checkpoints import Found, find_checkpoint
+from ranktune.run.checkpoints import Checkpoint, Found, find_checkpoint, refuse_damaged_best
 from ranktune.run.directory import RunDirectory
 from ranktune.run.display import Display, DisplayCallback
 from ranktune.run.events import EventCallback, EventLog, scores_only
@@ -82,6 +82,7 @@ def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: 
 
     Raises:
         RecipeError, DataError, ConfigError: there is no run here, or it cannot go on like this; nothing was changed.
+        AdapterFileError: the best checkpoint, which the run is to end with, is damaged.
     """
     directory = RunDirectory(output)
     before = load_recipe(directory.required_recipe())
@@ -99,6 +100,8 @@ def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: 
         return metrics
     for path, fault in found.torn.items():
         display.say(f"{path.name} is not whole: {fault}")
+    if found.newest is not None and recipe.train.early_stopping_patience is not None:
+        _look_for_best(directory, found.newest, display)
     with libraries_quiet():
         prepared = prepare(recipe, directory.recipe, begins=found.newest is None)
         examples = prepare_examples(prepared)
@@ -115,6 +118,22 @@ def resume(output: Path, overrides: Sequence[str], display: Display, *, replan: 
             done, total = found.newest.step, examples.steps.total
             display.say(f"going on from {found.newest.path.name}: {done:,} of {total:,} steps are done")
         return _run(prepared, examples, directory, display, found, replan=replan)
+
+
+def _look_for_best(directory: RunDirectory, newest: Checkpoint, display: Display) -> None:
+    """A run that stops early ends with its best checkpoint: now is the time to find out that there is none.
+
+    Raises:
+        AdapterFileError: it is there, and not as it was written.
+    """
+    step = newest.state.get("best_global_step")
+    if step is None:
+        return
+    refuse_damaged_best(directory.checkpoints, step)
+    if not (best := directory.checkpoints / f"checkpoint-{step}").is_dir():
+        display.say(
+            f"{best.name}, the best so far, is gone: unless a later one is better, the run ends as at its last step"
+        )
 
 
 def rehearse(recipe: Recipe, file: str | Path) -> Plan:
@@ -183,7 +202,7 @@ def _run(
         with EventLog(directory.log, kept.get("log_bytes")) as log:
             ranks = config.callback() if isinstance(config, Baseline) else RankCallback(replan=replan)
             events = EventCallback(log, ranks, prepared.data.fingerprint, plain(prepared.recipe), kept)
-            shown = DisplayCallback(display, task.metric)
+            shown = DisplayCallback(display, task.metric, ranks)
             trainer = _trainer(prepared, examples, model, ranks, [events, shown, *further])
             if resumed is None:
                 log.write("start", **_facts(prepared))

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ranktune.errors import AdapterFileError
 from ranktune.run.manifest import NAME as MANIFEST
 from ranktune.run.manifest import altered, has_manifest
 
@@ -69,7 +71,7 @@ def find_checkpoint(folder: Path) -> Found:
     torn: dict[Path, str] = {}
     numbered = sorted(_numbered(folder), reverse=True)
     for place, (step, path) in enumerate(numbered):
-        fault = altered(path) or _fault(path, step)
+        fault = damage(path, step)
         if not fault and not has_manifest(path) and any(has_manifest(older) for _, older in numbered[place + 1 :]):
             fault = f"{MANIFEST} is missing"
         if fault:
@@ -78,6 +80,25 @@ def find_checkpoint(folder: Path) -> Found:
             state = json.loads((path / _STATE).read_text(encoding="utf-8"))
             return Found(Checkpoint(path, step, state, has_manifest(path)), torn)
     return Found(None, torn)
+
+
+def damage(path: Path, step: int) -> str | None:
+    """What in the checkpoint of that step is missing, cut short or not as it was written, or None."""
+    return altered(path) or _fault(path, step)
+
+
+def refuse_damaged_best(folder: Path, step: int) -> None:
+    """Check the best checkpoint of a run, which the run ends with.
+
+    Raises:
+        AdapterFileError: it is not as it was written; telling what can be done.
+    """
+    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if path.is_dir() and (fault := damage(path, step)):
+        raise AdapterFileError(
+            f"{path} is the best checkpoint, which the run is to end with, and it is not as it was written: {fault}. "
+            "Put its files back, or remove the folder to end with the last step instead; then ranktune train --resume."
+        )
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ranktune.baselines.reading import parameters_of_ranks
 from ranktune.baselines.reading import ranks as ranks_of
+from ranktune.integrations.trainer import RankCallback
 from ranktune.run.events import scores_only
 
 
@@ -159,10 +160,12 @@ def clock(seconds: float) -> str:
 class DisplayCallback(TrainerCallback):
     """Feeds a `Display` from the Trainer, in place of Trainer's own bars and prints."""
 
-    def __init__(self, display: Display, metric: str | None) -> None:
-        """`metric`: the score to print after every evaluation, or None to print none."""
+    def __init__(self, display: Display, metric: str | None, ranks: RankCallback | None = None) -> None:
+        """`metric`: the score to print after every evaluation, or None to print none. `ranks`: moves them."""
         self._display = display
         self._metric = metric
+        self._ranks = ranks
+        self._moves_shown = 0
         self._pace = Pace()
         self._step_began = 0.0
         self._seconds_per_step: float | None = None
@@ -179,6 +182,7 @@ class DisplayCallback(TrainerCallback):
     ) -> None:
         """Learn the number of steps, and say what training goes on with, once the checkpoint is loaded."""
         self._pace = Pace(step=state.global_step, total=state.max_steps)
+        self._read_rank(model)
         logged = [entry for entry in state.log_history if "loss" in entry]
         if logged:  # before the checkpoint that training goes on from
             self._pace.loss, self._pace.logged = logged[-1]["loss"], int(logged[-1]["step"])
@@ -203,6 +207,7 @@ class DisplayCallback(TrainerCallback):
         self._seconds_per_step = seconds if smooth is None else 0.9 * smooth + 0.1 * seconds
         examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._pace.step, self._pace.speed = state.global_step, examples / self._seconds_per_step
+        self._follow_rank()
         if not control.should_log:
             self._display.pace(self._pace)
 
@@ -218,7 +223,7 @@ class DisplayCallback(TrainerCallback):
         """Learn the loss, and look at the ranks."""
         if logs and "loss" in logs:
             self._pace.loss, self._pace.logged = logs["loss"], state.global_step
-            self._pace.rank = sum(ranks_of(model).values())
+            self._read_rank(model)
             self._display.pace(self._pace)
 
     def on_prediction_step(
@@ -254,6 +259,19 @@ class DisplayCallback(TrainerCallback):
         if line != self._scores_said:
             self._display.say(line)
         self._scores_said = line
+
+    def _read_rank(self, model: Any) -> None:
+        """Look at the model."""
+        ranks = ranks_of(model)
+        self._pace.rank = sum(ranks.values()) if ranks else None
+        self._moves_shown = 0 if self._ranks is None else len(self._ranks.history)
+
+    def _follow_rank(self) -> None:
+        """Add the changes since the model was last looked at: on a GPU, looking would make every step wait."""
+        if self._ranks is not None and self._pace.rank is not None:
+            new = self._ranks.history[self._moves_shown :]
+            self._pace.rank += sum(change.new - change.old for change in new)
+            self._moves_shown += len(new)
 
     def _say_what_was_restored(self, step: int, model: Any) -> None:
         if ranks := ranks_of(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 import ranktune
+from ranktune.run.checkpoints import refuse_damaged_best
 
 # Optimizers such as GaLore, LOMO or Muon choose or build their own groups: transformers marks them by these keys.
 _OWN_GROUPS = frozenset({"params", "model", "optimizer_dict"})
@@ -63,6 +65,16 @@ class RankTrainerMixin(Trainer):
             one, two = (model(**batch, num_items_in_batch=torch.tensor(count)).loss for count in (1, 2))
         model.train(mode)
         return not torch.equal(one, two)
+
+    def _load_best_model(self) -> None:
+        """Trainer's, unless the checkpoint's files are not those that were written.
+
+        Raises:
+            AdapterFileError: they are not; the message says what can be done.
+        """
+        best = Path(str(self.state.best_model_checkpoint))
+        refuse_damaged_best(best.parent, int(best.name.rpartition("-")[2]))
+        super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing where a resumed run was already at its end: Trainer would take one more step."""
