@@ -182,7 +182,7 @@ def test_a_module_of_a_lower_rank_trains_its_own_highest():
     for _, update in updates(model):
         update.draw.spans = lambda _, update=update: Span(3, 4) if update.capacity == 4 else Span(1, 2)
         update.draw.at(0)
-    scales = [update.factors_now(6 / update.capacity)[2] for _, update in updates(model.train())]
+    scales = [update.components_now(6 / update.capacity).scale for _, update in updates(model.train())]
     assert scales == pytest.approx([6 / 4, 6 / 2, 6 / 4])
 
 

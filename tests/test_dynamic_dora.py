@@ -95,8 +95,13 @@ def test_the_penalty_is_the_mean_variance_and_its_gradient_is_exact():
     penalty = policy.penalty(found)
     torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=0)
     penalty.backward()
-    for parameter, gradient in policy.penalty_gradients(found):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-8)
+    vectors = [vectors for update in found for vectors in (update.lora_A, update.lora_B)]
+    expected = [each.grad for each in vectors]
+    for each in vectors:
+        each.grad = torch.ones_like(each)
+    policy.add_penalty_gradients(found, 3.0)
+    for each, slope in zip(vectors, expected, strict=True):
+        torch.testing.assert_close(each.grad - 1.0, 3.0 * slope, rtol=1e-4, atol=1e-7)
     assert all(update.gate.grad is None for update in found)
 
 

@@ -511,7 +511,10 @@ def test_the_penalty_sees_orthogonality_between_rows():
             nn.init.orthogonal_(update.lora_A[:2])
             nn.init.orthogonal_(update.lora_B[:, :2])
     assert float(policy.penalty(found).detach()) < 1e-4
-    assert all(torch.isfinite(gradient).all() for _, gradient in policy.penalty_gradients(found))
+    for update in found:
+        update.lora_A.grad, update.lora_B.grad = torch.zeros_like(update.lora_A), torch.zeros_like(update.lora_B)
+    policy.add_penalty_gradients(found)
+    assert all(torch.isfinite(vectors.grad).all() for update in found for vectors in (update.lora_A, update.lora_B))
     with torch.no_grad():
         found[1].lora_A[1] = found[1].lora_A[0]  # two identical unit rows
     torch.testing.assert_close(policy.penalty(found).detach(), torch.tensor(math.sqrt(2.0)), rtol=1e-4, atol=0)
@@ -535,10 +538,15 @@ def test_the_penaltys_gradient_is_exact():
     penalty = policy.penalty(found)
     torch.testing.assert_close(penalty, expected, rtol=1e-10, atol=0)
     expected.backward()
-    for parameter, gradient in policy.penalty_gradients(found):
-        whole = torch.zeros_like(parameter)
-        whole[tuple(map(slice, gradient.shape))] = gradient
-        torch.testing.assert_close(whole, parameter.grad, rtol=1e-9, atol=1e-12)
+    vectors = [vectors for update in found for vectors in (update.lora_A, update.lora_B)]
+    slopes = [each.grad for each in vectors]
+    for each in vectors:
+        each.grad = torch.ones_like(each)
+    vectors[0].grad = None
+    policy.add_penalty_gradients(found, 3.0)
+    assert vectors[0].grad is None
+    for each, slope in zip(vectors[1:], slopes[1:], strict=True):
+        torch.testing.assert_close(each.grad, 1.0 + 3.0 * slope, rtol=1e-9, atol=1e-12)
 
 
 def test_a_hooked_penalty_equals_one_in_the_loss():

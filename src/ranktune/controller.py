@@ -257,7 +257,8 @@ class RankController:
             return
         with torch.no_grad():
             if not self.penalty_in_loss and self.policy.penalises(self._step - self._began):
-                self._add_penalty(optimizer)
+                scale = getattr(optimizer, "grad_scale", None)
+                self.policy.add_penalty_gradients(self._updates, 1.0 if scale is None else scale)
             if self.policy.before_step:
                 self._consult()
             self._moves.before_step(self._step, self._ended)
@@ -273,13 +274,6 @@ class RankController:
         if not self.policy.before_step:
             self._consult()
         self._want_scores()
-
-    def _add_penalty(self, optimizer: Optimizer) -> None:
-        scale = getattr(optimizer, "grad_scale", None)
-        for parameter, gradient in self.policy.penalty_gradients(self._updates):
-            if parameter.grad is not None:
-                part = parameter.grad[tuple(map(slice, gradient.shape))]
-                part.add_(gradient if scale is None else gradient * scale)
 
     def _consult(self) -> None:
         """Measure, ask the policy, and have carried out what it decides."""

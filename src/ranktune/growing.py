@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ranktune.lowrank import Components, Span
 from ranktune.update import LowRankUpdate
 
 # `rank_birth` of a component that was there from the start, or is not there yet.
@@ -75,21 +76,23 @@ class GrowingUpdate(LowRankUpdate):
         return self.window if self.reserve_learns else self.rank_now
 
     def factors(self, scale: float) -> tuple[Tensor, Tensor, float]:
-        """See `LowRankUpdate.factors`. The gates of the reserve are constants."""
-        gate = self.required_gate()
+        """See `LowRankUpdate.factors`."""
         if torch.compiler.is_compiling():
+            gate = self.required_gate()
             present = self.rank_active | (self.rank_birth[0] > UNBORN)
             gate = torch.where(self.rank_active, gate, gate.detach()) * present
             follow = (self.start_rank / self.rank_active.sum()) ** self.scale_power
             return self.lora_A, self.lora_B * (gate * follow.to(gate.dtype)), scale
-        rank, window = self.rank_now, self.window
-        if rank < window:
-            gate = torch.cat([gate[:rank], gate[rank:window].detach()])
-        if window < self.capacity:
-            A, B = self.lora_A[:window], self.lora_B[:, :window] * gate[:window]
-        else:
-            A, B = self.lora_A, self.lora_B * gate
-        return A, B, scale * (self.start_rank / rank) ** self.scale_power
+        added = self.components_now(scale)
+        return (*added.plain(), added.scale)
+
+    def components_now(self, scale: float) -> Components:
+        """See `LowRankUpdate.components_now`: the active ones and the reserve, whose gates are constants."""
+        if torch.compiler.is_compiling():
+            return Components(*self.factors(scale))
+        follow = (self.start_rank / self.rank_now) ** self.scale_power
+        span = Span(0, self.window)
+        return Components(self.lora_A, self.lora_B, scale * follow, self.gate, span, gates_trained=self.rank_now)
 
     def _components_that_count(self) -> Tensor:
         """The active ones: what waits in reserve is dropped."""

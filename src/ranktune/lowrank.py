@@ -1,7 +1,8 @@
-"""The low-rank update as algebra: ``y = (1 + o) * (W x + s B A d(x)) + bias`` in one autograd node.
+"""The low-rank update as algebra: ``y = (1 + o) * (W x + s B diag(c) A d(x)) + bias`` in one autograd node.
 
-``W`` is frozen, ``A`` [r, in] and ``B`` [out, r] are trained, ``d`` is dropout, ``s`` the scale and ``o`` [out] the
-gain offset of a weight-decomposed layer (``None`` for plain LoRA, where it would be zero). Composing the same formula
+``W`` is frozen, ``A`` [r, in], ``B`` [out, r] and the gates ``c`` [r], where there are any, are trained, ``d`` is
+dropout, ``s`` the scale and ``o`` [out] the gain offset of a weight-decomposed layer (``None`` for plain LoRA, where it
+would be zero). Composing the same formula
 from stock operators writes the output four times and keeps the dropped-out input; here the low-rank product is added
 into the base output and into the input gradient in place, and backward keeps the input, ``A d(x)`` and one byte per
 dropped element. Of a nested update only a `Span` of components takes part, and backward does the work of its trained
@@ -37,9 +38,40 @@ class Span(NamedTuple):
     first: int
     end: int
 
-    def of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Views A [end, in] and B [out, end] for stock operators; only the trained components get a gradient."""
-        return _TrainedSpan.apply(A, self, 0), _TrainedSpan.apply(B, self, 1)
+
+class Components(NamedTuple):
+    """What an update adds in one pass: ``s B diag(gate) A`` over the components of a span.
+
+    Attributes:
+        A: [r, in]. B: [out, r]. scale: s. All r components, whether they take part or not.
+        gate: [r], at least float32, or None.
+        span: which of the components take part and are trained; None is all of them.
+        gates_trained: how many of the leading gates are trained; None is all that take part. The others are constants.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    gate: Tensor | None = None
+    span: Span | None = None
+    gates_trained: int | None = None
+
+    @property
+    def count(self) -> int:
+        """How many take part."""
+        return len(self.A) if self.span is None else self.span.end
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """A [k, in] and ``B diag(gate)`` [out, k] for stock operators, of the components that take part."""
+        A, B, gate = self.A, self.B, self.gate
+        if self.span is not None and self.span != (0, len(A)):
+            A, B = _TrainedSpan.apply(A, self.span, 0), _TrainedSpan.apply(B, self.span, 1)
+        if gate is None:
+            return A, B
+        gate = gate[: len(A)]
+        if self.gates_trained is not None and self.gates_trained < len(A):
+            gate = torch.cat([gate[: self.gates_trained], gate[self.gates_trained :].detach()])
+        return A, B * gate
 
 
 def low_rank_linear(
@@ -56,6 +88,8 @@ def low_rank_linear(
     small_gain: bool = False,
     score: Tensor | None = None,
     span: Span | None = None,
+    gate: Tensor | None = None,
+    gates_trained: int | None = None,
 ) -> Tensor:
     """Apply a frozen linear layer and its low-rank update in one autograd node.
 
@@ -76,6 +110,7 @@ def low_rank_linear(
             in backward.
         span: the components that take part and are trained, out of the r; None is all of them. The others' gradients
             are zero.
+        gate: [r], at least float32, or None. gates_trained: how many of the leading ones, see `Components`.
 
     Returns:
         [..., out] in the compute dtype.
@@ -88,10 +123,12 @@ def low_rank_linear(
     survival = 1.0 / (1.0 - dropout)
     with torch.autocast(x.device.type, enabled=False):
         if offset is not None and dropped is not None and drop_base_path:
-            y = _TwoPathLinear.apply(flat, weight, bias, A, B, scale, span, offset, dropped, survival, score)
+            y = _TwoPathLinear.apply(
+                flat, weight, bias, A, B, gate, scale, span, gates_trained, offset, dropped, survival, score
+            )
         else:
             y = _LowRankLinear.apply(
-                flat, weight, bias, A, B, scale, span, offset, dropped, survival, small_gain, score
+                flat, weight, bias, A, B, gate, scale, span, gates_trained, offset, dropped, survival, small_gain, score
             )
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -134,33 +171,60 @@ def _column_sum(a: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_ones(a.shape[0]) @ a if a.dtype == dtype else a.sum(0, dtype=dtype)
 
 
-def _leading(A: Tensor, B: Tensor, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The components that take part, in the compute dtype: A [end, in], B [out, end]."""
-    return A[: span.end].to(dtype), B[:, : span.end].to(dtype)
+def _leading(
+    A: Tensor, B: Tensor, gate: Tensor | None, span: Span, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The components that take part, in the compute dtype: A [end, in], ``scale B diag(gate)`` [out, end]."""
+    A, B = A[: span.end], B[:, : span.end]
+    if gate is not None:
+        B = B * (gate[: span.end] * scale)
+    elif scale != 1.0:
+        B = B * scale
+    return A.to(dtype), B.to(dtype)
 
 
 def _factor_gradients(
-    ctx: Any, x: Tensor, u: Tensor, du: Tensor, dv: Tensor, A: Tensor, B: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """``p du^T x`` [r, in] and ``s dv^T u`` [out, r], p the survival: zero but for the trained components.
+    ctx: Any, x: Tensor, u: Tensor, du: Tensor, dv: Tensor, A: Tensor, B: Tensor, gate: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of A, B and the gates, zero but for the trained components.
+
+    With p the survival and ``D = s dv^T u`` [out, r], they are ``p du^T x`` [r, in], ``D diag(gate)`` and
+    ``sum_j B_ji D_ji``.
 
     Args:
-        ctx: of the node. x: [n, in], dropped elements zeroed. u, du: [n, end]. dv: [n, out]. A, B: whole.
+        ctx: of the node. x: [n, in], dropped elements zeroed. u, du: [n, end]. dv: [n, out]. A, B, gate: whole.
     """
-    span, dA, dB = ctx.span, None, None
-    if ctx.needs_input_grad[3]:
+    span, dA, dB, d_gate = ctx.span, None, None, None
+    _, _, _, needs_A, needs_B, needs_gate, *_ = ctx.needs_input_grad
+    if needs_A:
         rows = (du[:, span.first :].T @ x).mul_(ctx.survival)
         dA = rows.to(A.dtype) if rows.shape == A.shape else _among_zeros(rows, A, span, 0)
-    if ctx.needs_input_grad[4]:
-        columns = (u[:, span.first :].T @ dv).mul_(ctx.scale).T
-        dB = columns.to(B.dtype) if columns.shape == B.shape else _among_zeros(columns, B, span, 1)
-    return dA, dB
+    if needs_B or needs_gate:
+        D = (u[:, span.first :].T @ dv).mul_(ctx.scale).T
+        if gate is None:
+            dB = D.to(B.dtype) if D.shape == B.shape else _among_zeros(D, B, span, 1)
+        else:
+            dB = _among_zeros(D, B, span, 1)  # in the layout of B, in which it is gated
+            D = dB[:, span.first : span.end]
+            d_gate = _gate_gradient(D, B, gate, span.first, ctx.gates_trained) if needs_gate else None
+            D.mul_(gate[span.first : span.end])
+    return dA, dB if needs_B else None, d_gate
+
+
+def _gate_gradient(D: Tensor, B: Tensor, gate: Tensor, first: int, trained: int | None) -> Tensor:
+    """``sum_j B_ji D_ji`` [r] for the trained gates from ``first`` on; D [out, k] begins there. Zero elsewhere."""
+    end = first + D.shape[1] if trained is None else trained
+    gradient = torch.zeros_like(gate)
+    gradient[first:end] = (D[:, : end - first].to(gate.dtype) * B[:, first:end]).sum(0)
+    return gradient
 
 
 def _among_zeros(gradient: Tensor, whole: Tensor, span: Span, dim: int) -> Tensor:
     """The gradient of the trained components of a tensor at their place in one for all components."""
-    placed = torch.zeros_like(whole)
+    placed = torch.empty_like(whole)
+    placed.narrow(dim, 0, span.first).zero_()
     placed.narrow(dim, span.first, span.end - span.first).copy_(gradient)
+    placed.narrow(dim, span.end, whole.shape[dim] - span.end).zero_()
     return placed
 
 
@@ -181,7 +245,7 @@ class _TrainedSpan(torch.autograd.Function):
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """``y = (1 + o) (W x + s B A d(x)) + bias``: one pass through W forward, one backward."""
+    """``y = (1 + o) (W x + s B diag(c) A d(x)) + bias``: one pass through W forward, one backward."""
 
     @staticmethod
     def forward(
@@ -191,8 +255,10 @@ class _LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
+        gate: Tensor | None,
         scale: float,
         span: Span,
+        gates_trained: int | None,
         offset: Tensor | None,
         dropped: Tensor | None,
         survival: float,
@@ -200,7 +266,7 @@ class _LowRankLinear(torch.autograd.Function):
         score: Tensor | None,  # noqa: ARG004  (only its gradient matters)
     ) -> Tensor:
         y = linear(x, weight, bias)
-        A_span, B_span = _leading(A, B, span, x.dtype)
+        A_span, B_span = _leading(A, B, gate, span, x.dtype)
         u = zero_dropped(x, dropped) @ (A_span * survival).T
         y.addmm_(u, B_span.T, alpha=scale)
         if offset is not None:
@@ -209,10 +275,10 @@ class _LowRankLinear(torch.autograd.Function):
                 torch.addcmul(y, y, offset, out=y)
             else:
                 torch.addcmul(bias * -offset, y, offset + 1.0, out=y)
-        ctx.scale, ctx.survival, ctx.span = scale, survival, span
+        ctx.scale, ctx.survival, ctx.span, ctx.gates_trained = scale, survival, span, gates_trained
         ctx.output = None
         kept_output = None
-        if offset is not None and ctx.needs_input_grad[7] and not small_gain:
+        if offset is not None and ctx.needs_input_grad[9] and not small_gain:
             # The gain's gradient needs the unscaled output, and the output itself gives it. Saved under a version
             # counter of its own, because some models add to it in place; an empty tensor on the output's counter
             # tells backward whether that happened.
@@ -220,42 +286,42 @@ class _LowRankLinear(torch.autograd.Function):
             ctx.output = y.detach()
             ctx.output.set_()  # pyright: ignore[reportCallIssue]
             ctx.output_version = ctx.output._version
-        ctx.save_for_backward(x, keep_weight(ctx, weight), bias, A, B, u, offset, dropped, kept_output)
+        ctx.save_for_backward(x, keep_weight(ctx, weight), bias, A, B, gate, u, offset, dropped, kept_output)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, A, B, u, offset, dropped, y = ctx.saved_tensors
+        x, weight, bias, A, B, gate, u, offset, dropped, y = ctx.saved_tensors
         weight = kept_weight(ctx, weight)
         needs, span = ctx.needs_input_grad, ctx.span
-        A_span, B_span = _leading(A, B, span, x.dtype)
+        A_span, sB = _leading(A, B, gate, span, x.dtype, ctx.scale)
         d_offset = None
-        if needs[7]:
+        if needs[9]:
             if y is not None and ctx.output._version == ctx.output_version:
                 d_offset = _column_dot(dy, y, offset.dtype)
                 if bias is not None:
                     d_offset.sub_(bias * _column_sum(dy, offset.dtype))
                 d_offset.div_(offset + 1.0)
             else:
-                unscaled = product(x, weight, bias).addmm_(u, B_span.T, alpha=ctx.scale)
+                unscaled = product(x, weight, bias).addmm_(u, sB.T)
                 d_offset = _column_dot(dy, unscaled, offset.dtype)
         dv = dy if offset is None else _gain_times(dy, offset)
-        du = dv @ (B_span * ctx.scale)
+        du = dv @ sB
         dx = input_gradient(dv, weight) if needs[0] else None
         if dx is not None:
             if dropped is None:
                 dx.addmm_(du, A_span)
             else:
                 dx.add_((du @ (A_span * ctx.survival)).masked_fill_(dropped, 0.0))
-        zeroed = zero_dropped(x, dropped) if needs[3] or needs[11] else x
-        dA, dB = _factor_gradients(ctx, zeroed, u, du, dv, A, B)
-        d_score = sensitivity(dv, zeroed, A_span, B_span, ctx.scale * ctx.survival) if needs[11] else None
-        return dx, None, None, dA, dB, None, None, d_offset, None, None, None, d_score
+        zeroed = zero_dropped(x, dropped) if needs[3] or needs[13] else x
+        dA, dB, d_gate = _factor_gradients(ctx, zeroed, u, du, dv, A, B, gate)
+        d_score = sensitivity(dv, zeroed, A_span, sB, ctx.survival) if needs[13] else None
+        return dx, None, None, dA, dB, d_gate, None, None, None, d_offset, None, None, None, d_score
 
 
 class _TwoPathLinear(torch.autograd.Function):
-    """``y = W x + bias + o W d(x) + (1 + o) s B A d(x)``: DoRA's dropout, with a second pass through W."""
+    """``y = W x + bias + o W d(x) + (1 + o) s B diag(c) A d(x)``: DoRA's dropout, with a second pass through W."""
 
     @staticmethod
     def forward(
@@ -265,8 +331,10 @@ class _TwoPathLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
+        gate: Tensor | None,
         scale: float,
         span: Span,
+        gates_trained: int | None,
         offset: Tensor,
         dropped: Tensor,
         survival: float,
@@ -274,33 +342,33 @@ class _TwoPathLinear(torch.autograd.Function):
     ) -> Tensor:
         y = linear(x, weight, bias)
         zeroed = zero_dropped(x, dropped)
-        A_span, B_span = _leading(A, B, span, x.dtype)
+        A_span, B_span = _leading(A, B, gate, span, x.dtype)
         u = zeroed @ (A_span * survival).T
         y.addmm_(u, B_span.T, alpha=scale)
         unscaled = product(zeroed, weight, bias).addmm_(u, B_span.T, alpha=scale, beta=survival)
         torch.addcmul(y, unscaled, offset, out=y)
-        ctx.scale, ctx.survival, ctx.span = scale, survival, span
-        kept_unscaled = unscaled if ctx.needs_input_grad[7] else None
-        ctx.save_for_backward(x, keep_weight(ctx, weight), A, B, u, offset, dropped, kept_unscaled)
+        ctx.scale, ctx.survival, ctx.span, ctx.gates_trained = scale, survival, span, gates_trained
+        kept_unscaled = unscaled if ctx.needs_input_grad[9] else None
+        ctx.save_for_backward(x, keep_weight(ctx, weight), A, B, gate, u, offset, dropped, kept_unscaled)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, A, B, u, offset, dropped, unscaled = ctx.saved_tensors
+        x, weight, A, B, gate, u, offset, dropped, unscaled = ctx.saved_tensors
         weight = kept_weight(ctx, weight)
         needs, span = ctx.needs_input_grad, ctx.span
-        A_span, B_span = _leading(A, B, span, x.dtype)
-        d_offset = _column_dot(dy, unscaled, offset.dtype) if needs[7] else None
+        A_span, sB = _leading(A, B, gate, span, x.dtype, ctx.scale)
+        d_offset = _column_dot(dy, unscaled, offset.dtype) if needs[9] else None
         dv = _gain_times(dy, offset)
-        du = dv @ (B_span * ctx.scale)
+        du = dv @ sB
         dx = None
         if needs[0]:
             # Not dv - dy: in bfloat16 a small offset would be lost in the difference.
             through_dropout = input_gradient(dy * offset.to(dy.dtype), weight)
             through_dropout.addmm_(du, A_span, alpha=ctx.survival, beta=ctx.survival)
             dx = input_gradient(dy, weight).add_(through_dropout.masked_fill_(dropped, 0.0))
-        zeroed = zero_dropped(x, dropped) if needs[3] or needs[10] else x
-        dA, dB = _factor_gradients(ctx, zeroed, u, du, dv, A, B)
-        d_score = sensitivity(dv, zeroed, A_span, B_span, ctx.scale * ctx.survival) if needs[10] else None
-        return dx, None, None, dA, dB, None, None, d_offset, None, None, d_score
+        zeroed = zero_dropped(x, dropped) if needs[3] or needs[12] else x
+        dA, dB, d_gate = _factor_gradients(ctx, zeroed, u, du, dv, A, B, gate)
+        d_score = sensitivity(dv, zeroed, A_span, sB, ctx.survival) if needs[12] else None
+        return dx, None, None, dA, dB, d_gate, None, None, None, d_offset, None, None, d_score

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ranktune.errors import ConfigError
-from ranktune.lowrank import Span
+from ranktune.lowrank import Components, Span
 from ranktune.magnitude import norm_dtype
 from ranktune.update import LowRankUpdate
 
@@ -107,14 +107,14 @@ class NestedUpdate(LowRankUpdate):
         b = self._rank if rank is None else min(rank, self.capacity)
         return self.lora_A[:b], self.lora_B[:, :b], scale * self._growth(b)
 
-    def factors_now(self, scale: float) -> tuple[Tensor, Tensor, float, Span | None]:
-        """See `LowRankUpdate.factors_now`: in training, of the rank that was drawn."""
+    def components_now(self, scale: float) -> Components:
+        """See `LowRankUpdate.components_now`: in training, of the rank that was drawn."""
         if not self.training or self.draw is None:
-            return (*self.factors(scale), None)
+            return Components(*self.factors(scale))
         if torch.compiler.is_compiling():
-            return (*self._masked(self.draw.bounds), scale, None)
+            return Components(*self._masked(self.draw.bounds), scale)
         span = self.draw.span
-        return self.lora_A, self.lora_B, scale * self._growth(span.end), span
+        return Components(self.lora_A, self.lora_B, scale * self._growth(span.end), span=span)
 
     def _masked(self, bounds: Tensor) -> tuple[Tensor, Tensor]:
         """A and the scaled B, whole: zero beyond what takes part, without gradient where not trained."""

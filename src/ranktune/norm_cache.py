@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ranktune.frozen_weight import FrozenRows, Weight
+from ranktune.lowrank import Components
 from ranktune.magnitude import WeightNorms, row_norms, weight_norms
 
 
@@ -77,15 +78,20 @@ class NormCache:
         return self._constants
 
     @torch.no_grad()
-    def norms(self, weight: Weight, A: Tensor, B: Tensor, scale: float, sources: Sequence[Tensor]) -> Tensor:
-        """``||W_j + s (B A)_j||`` [out], without history; ``sources`` are the tensors that A and B were made from."""
+    def norms(self, weight: Weight, added: Components, sources: Sequence[Tensor]) -> Tensor:
+        """``||W_j + s (B diag(gate) A)_j||`` [out], without history; ``sources`` are the tensors it is made from."""
         constants = self.constants(weight)
         if not _cacheable(weight.stored if isinstance(weight, FrozenRows) else weight, *sources):
-            return row_norms(weight, constants, A, B, scale, guard=not torch.compiler.is_compiling())
-        marks = (self._weight_mark, scale, len(A), *(_mark(source, follows_optimizer=True) for source in sources))
+            return row_norms(weight, constants, *added.plain(), added.scale, guard=not torch.compiler.is_compiling())
+        marks = (
+            self._weight_mark,
+            added.scale,
+            added.count,
+            *(_mark(source, follows_optimizer=True) for source in sources),
+        )
         if self._cached is None or not self._cached.holds_for(marks, sources):
             copies = tuple(source.detach().clone() for source in sources if source.device.type == "cpu")
-            self._cached = _Cached(row_norms(weight, constants, A, B, scale), marks, copies)
+            self._cached = _Cached(row_norms(weight, constants, *added.plain(), added.scale), marks, copies)
         return self._cached.norms
 
 

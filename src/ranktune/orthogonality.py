@@ -13,11 +13,22 @@ def from_orthonormal(X: Tensor) -> Tensor:
     return _root(_difference(_wide(X)))
 
 
-def from_orthonormal_slope(X: Tensor, weight: float = 1.0) -> Tensor:
-    """``w d||X X^T - I||_F / dX = 2 w (X X^T - I) X / ||X X^T - I||_F`` [..., k, length], w the weight."""
-    X = _wide(X)
-    difference = _difference(X)
-    return (difference * (2.0 * weight / _root(difference))[..., None, None]) @ X
+def slope_from_orthonormal(X: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """What X is multiplied by in the slope of that distance, [..., k, k], symmetric and at least float32.
+
+    ``w d||X X^T - I||_F / dX = S X`` with ``S = 2 w (X X^T - I) / ||X X^T - I||_F`` and w the weight.
+    """
+    difference = _difference(_wide(X))
+    return difference.mul_((2.0 * weight / _root(difference))[..., None, None])
+
+
+def add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """``to += left @ right``, in one go where the types are the same, else in the widest of left and right."""
+    if to.dtype == left.dtype == right.dtype:
+        to.addmm_(left, right)
+    else:
+        wide = torch.promote_types(left.dtype, right.dtype)
+        to.add_(left.to(wide) @ right.to(wide))
 
 
 def _wide(X: Tensor) -> Tensor:
@@ -25,7 +36,9 @@ def _wide(X: Tensor) -> Tensor:
 
 
 def _difference(X: Tensor) -> Tensor:
-    return X @ X.mT - torch.eye(X.shape[-2], dtype=X.dtype, device=X.device)
+    difference = X @ X.mT
+    difference.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return difference
 
 
 def _root(difference: Tensor) -> Tensor:

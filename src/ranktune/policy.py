@@ -96,11 +96,8 @@ class RankPolicy(ABC):
         """The regulariser as a scalar, differentiable in the adapter's tensors."""
 
     @abstractmethod
-    def penalty_gradients(self, updates: Sequence[LowRankUpdate]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of a parameter and the regulariser's gradient for it, in closed form.
-
-        A gradient smaller than its parameter is that of the leading rows and columns.
-        """
+    def add_penalty_gradients(self, updates: Sequence[LowRankUpdate], scale: Tensor | float = 1.0) -> None:
+        """Add the regulariser's gradient, in closed form and times ``scale``, to those that parameters have."""
 
 
 class GrowthPolicy(RankPolicy):
@@ -165,5 +162,5 @@ class NestedPolicy(RankPolicy):
     def penalty(self, updates: Sequence[LowRankUpdate]) -> Tensor:
         return torch.zeros((), device=updates[0].lora_A.device)
 
-    def penalty_gradients(self, updates: Sequence[LowRankUpdate]) -> list[tuple[Tensor, Tensor]]:  # noqa: ARG002
-        return []
+    def add_penalty_gradients(self, updates: Sequence[LowRankUpdate], scale: Tensor | float = 1.0) -> None:
+        pass

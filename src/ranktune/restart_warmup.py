@@ -129,20 +129,22 @@ class RestartWarmup:
 
     def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: RowRates) -> None:
         lr, decay = float(group["lr"]), _decoupled_decay(self.optimizer, group)
-        for parts in _together(born):
-            ages = (step - torch.cat([late.births for late in parts])).double()
-            rho = rates.of_rows(ages)
-            row, now = [late.born for late in parts], [late.born_in(late.parameter) for late in parts]
-            moments = _moments(self.optimizer, group, parts)
-            if moments is None:
-                gain = _columns(rho * _limit_of_gain(self.optimizer, group, parts, ages), parts)
+        ages = (step - torch.cat([late.births for late in born])).double()
+        rho = rates.of_rows(ages)
+        # Everything that is one value per component is worked out for all parts at once.
+        kept = _columns(1.0 - rho * lr * decay, born) if decay else None
+        fresh = _FreshSteps.of(self.optimizer, group, born, ages, rho)
+        gain = None if fresh else _columns(rho * _limit_of_gain(self.optimizer, group, born, ages), born)
+        for here in _together(born):
+            row, now = [late.born for late in born[here]], [late.born_in(late.parameter) for late in born[here]]
+            if gain is not None:
                 step_taken = torch._foreach_sub(now, row, alpha=1.0 - lr * decay)  # pyright: ignore
-            if decay:
-                torch._foreach_mul_(row, _columns(1.0 - rho * lr * decay, parts))  # pyright: ignore
-            if moments is None:
-                torch._foreach_addcmul_(row, gain, step_taken)  # pyright: ignore
-            else:
-                torch._foreach_addcdiv_(row, *_fresh_step(group, moments, parts, ages, rho), value=-lr)  # pyright: ignore
+            if kept is not None:
+                torch._foreach_mul_(row, kept[here])  # pyright: ignore
+            if gain is not None:
+                torch._foreach_addcmul_(row, gain[here], step_taken)  # pyright: ignore
+            elif fresh is not None:
+                torch._foreach_addcdiv_(row, *fresh.quotient(here), value=-lr)  # pyright: ignore
             torch._foreach_copy_(now, row)  # pyright: ignore
 
     def _warn_where_inexact(self) -> None:
@@ -163,12 +165,16 @@ def _moves_idle_rows(optimizer: Optimizer) -> bool:
 
 
 def _late_of(update: GrowingUpdate, step: int, keep_vectors: bool) -> Iterator[_Late]:
-    # Births ascend. What was born in this very step has had no gradient yet.
-    vectors, gates = (births[births < step] for births in update.births())
+    vectors, gates = (_before(births, step) for births in update.births())
     if update.capacity > update.start_rank:
         yield _Late.of(update.lora_A, 0, update.start_rank, vectors, keep_vectors)
         yield _Late.of(update.lora_B, 1, update.start_rank, vectors, keep_vectors)
         yield _Late.of(update.required_gate(), 0, update.start_rank, gates, True)
+
+
+def _before(births: Tensor, step: int) -> Tensor:
+    """The births, which ascend, before a step: what was born in that very step has had no gradient yet."""
+    return births if not len(births) or int(births[-1]) < step else births[births < step]
 
 
 def _is_plain_adam(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -185,40 +191,50 @@ def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     return float(group.get("weight_decay", 0.0)) if decoupled else 0.0
 
 
-def _together(born: Sequence[_Late]) -> Iterator[Sequence[_Late]]:
-    """Parts that are moved in one go: on the CPU each alone, so that it stays in the cache from pass to pass."""
+def _together(born: Sequence[_Late]) -> Iterator[slice]:
+    """Which parts are moved in one go: on the CPU each alone, so that it stays in the cache from pass to pass."""
     if all(late.born.device.type == "cpu" for late in born):
-        yield from ([late] for late in born)
+        yield from (slice(place, place + 1) for place in range(len(born)))
     else:
-        yield born
+        yield slice(None)
 
 
-def _moments(
-    optimizer: Optimizer, group: dict[str, Any], parts: Sequence[_Late]
-) -> tuple[list[Tensor], list[Tensor]] | None:
-    """Adam's first and second moments of the parts, or None where it is not Adam or does not keep them as they are."""
-    if not _is_plain_adam(optimizer, group):
-        return None
-    states = [optimizer.state[late.parameter] for late in parts]
-    if not all("exp_avg" in state and "exp_avg_sq" in state for state in states):
-        return None
-    first, second = (
-        [late.born_in(state[name]) for late, state in zip(parts, states, strict=True)]
-        for name in ("exp_avg", "exp_avg_sq")
-    )
-    return first, second
+@dataclass(frozen=True)
+class _FreshSteps:
+    """What a fresh Adam divides by what, with numerator and denominator times sqrt(1 - beta2^k).
 
+    Attributes:
+        first, second: the moments of each part. above, below: what its rows are multiplied with in the numerator (but
+            for the learning rate), and what is added in the denominator.
+    """
 
-def _fresh_step(
-    group: dict[str, Any], moments: tuple[list[Tensor], list[Tensor]], parts: Sequence[_Late], ages: Tensor, rho: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What Adam divides by what, without the learning rate, with numerator and denominator times sqrt(1 - beta2^k)."""
-    beta1, beta2, eps = (float(value) for value in (*group["betas"], group["eps"]))
-    root_k = (1.0 - beta2**ages).sqrt()
-    above = torch._foreach_mul(moments[0], _columns(rho * root_k / (1.0 - beta1**ages), parts))  # pyright: ignore
-    below = torch._foreach_sqrt(moments[1])  # pyright: ignore
-    torch._foreach_add_(below, _columns(eps * root_k, parts))  # pyright: ignore
-    return list(above), list(below)
+    first: list[Tensor]
+    second: list[Tensor]
+    above: list[Tensor]
+    below: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, optimizer: Optimizer, group: dict[str, Any], born: Sequence[_Late], ages: Tensor, rho: Tensor
+    ) -> _FreshSteps | None:
+        """Of all parts, or None where it is not Adam or does not keep its moments as they are."""
+        states = [optimizer.state[late.parameter] for late in born]
+        if not _is_plain_adam(optimizer, group) or not all("exp_avg_sq" in state for state in states):
+            return None
+        beta1, beta2, eps = (float(value) for value in (*group["betas"], group["eps"]))
+        root_k = (1.0 - beta2**ages).sqrt()
+        first, second = (
+            [late.born_in(state[name]) for late, state in zip(born, states, strict=True)]
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        return cls(first, second, _columns(rho * root_k / (1.0 - beta1**ages), born), _columns(eps * root_k, born))
+
+    def quotient(self, here: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Numerators and denominators of those parts."""
+        above = torch._foreach_mul(self.first[here], self.above[here])  # pyright: ignore
+        below = torch._foreach_sqrt(self.second[here])  # pyright: ignore
+        torch._foreach_add_(below, self.below[here])  # pyright: ignore
+        return list(above), list(below)
 
 
 def _limit_of_gain(optimizer: Optimizer, group: dict[str, Any], parts: Sequence[_Late], ages: Tensor) -> Tensor | float:
@@ -232,7 +248,7 @@ def _limit_of_gain(optimizer: Optimizer, group: dict[str, Any], parts: Sequence[
 
 
 def _columns(values: Tensor, parts: Sequence[_Late]) -> list[Tensor]:
-    """One float64 value per component of all parts together, as one tensor per part that multiplies it."""
+    """One float64 value per component of all parts together, as one tensor per part that goes with its rows."""
     like = parts[0].born
     split = values.to(like.device, torch.promote_types(like.dtype, torch.float32)).split([len(p.births) for p in parts])
     return [late.as_multiplier(part).to(late.born.device) for late, part in zip(parts, split, strict=True)]

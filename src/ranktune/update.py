@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ranktune.errors import ConfigError
 from ranktune.frozen_weight import Weight, dense, product
-from ranktune.lowrank import Span, low_rank_linear
+from ranktune.lowrank import Components, low_rank_linear
 from ranktune.magnitude import gain_offset, has_small_gain, norm_dtype, row_norms
 from ranktune.norm_cache import NormCache
 from ranktune.sensitivity import SensitivityTap
@@ -212,21 +212,23 @@ class LowRankUpdate(nn.Module):
 
     def forward(self, x: Tensor, base: Base, scale: float) -> Tensor:
         """The adapted layer's output [..., out] for x [..., in], through the fused op."""
-        A, B, scale, span = self.factors_now(scale)
-        offset = self._gain_offset(base.weight, A, B, scale, span) if self.decomposed else None
+        added = self.components_now(scale)
+        offset = self._gain_offset(base.weight, added) if self.decomposed else None
         return low_rank_linear(
             x,
             base.weight,
             base.bias,
-            A,
-            B,
-            scale,
+            added.A,
+            added.B,
+            added.scale,
             offset=offset,
             dropout=self.dropout if self.training else 0.0,
             drop_base_path=self.drop_base_path,
             small_gain=offset is not None and offset.requires_grad and has_small_gain(offset),
             score=self.score if self.training else None,
-            span=span,
+            span=added.span,
+            gate=added.gate,
+            gates_trained=added.gates_trained,
         )
 
     def plain_delta(self, x: Tensor, base_output: Tensor, base: Callable[[], Base], scale: float) -> Tensor:
@@ -238,12 +240,11 @@ class LowRankUpdate(nn.Module):
         dtype = base_output.dtype
         dropout = self.dropout if self.training else 0.0
         dropped = F.dropout(x.to(dtype), dropout)
-        A, B, scale, span = self.factors_now(scale)
-        if span is not None:
-            A, B = span.of(A, B)
-        low_rank = F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype)) * scale
+        added = self.components_now(scale)
+        A, B = added.plain()
+        low_rank = F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype)) * added.scale
         if self.score is not None and self.training:
-            low_rank = SensitivityTap.apply(low_rank, dropped, A.to(dtype), B.to(dtype), scale, self.score)
+            low_rank = SensitivityTap.apply(low_rank, dropped, A.to(dtype), B.to(dtype), added.scale, self.score)
         if not self.decomposed:
             return low_rank
         layer = base()
@@ -251,7 +252,7 @@ class LowRankUpdate(nn.Module):
             unscaled = product(dropped, layer.weight, layer.bias)
         else:
             unscaled = base_output if layer.bias is None else base_output - layer.bias
-        return (low_rank + self._gain_offset(layer.weight, A, B, scale) * (unscaled + low_rank)).to(dtype)
+        return (low_rank + self._gain_offset(layer.weight, added) * (unscaled + low_rank)).to(dtype)
 
     def delta_weight(self, weight: Weight, scale: float) -> Tensor:
         """``W' - W`` [out, in], at least float32: what forward adds in evaluation."""
@@ -259,7 +260,8 @@ class LowRankUpdate(nn.Module):
         A, B, scale = self.factors(scale)
         delta = scale * (B.to(wide) @ A.to(wide))
         if self.decomposed:
-            delta = delta + self._gain_offset(weight, A, B, scale).unsqueeze(1) * (dense(weight).to(wide) + delta)
+            offset = self._gain_offset(weight, Components(A, B, scale))
+            delta = delta + offset.unsqueeze(1) * (dense(weight).to(wide) + delta)
         return delta
 
     def factors(self, scale: float) -> tuple[Tensor, Tensor, float]:
@@ -270,9 +272,9 @@ class LowRankUpdate(nn.Module):
         """
         return self.lora_A, self.lora_B if self.gate is None else self.lora_B * self.gate, scale
 
-    def factors_now(self, scale: float) -> tuple[Tensor, Tensor, float, Span | None]:
-        """The same for the next forward pass, in training too; with a span, A and B are whole and it says the rest."""
-        return (*self.factors(scale), None)
+    def components_now(self, scale: float) -> Components:
+        """What the next forward pass adds, in training too."""
+        return Components(self.lora_A, self.lora_B, scale, self.gate)
 
     def plain_factors(self, scale: float, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
         """`factors` as a plain LoRA keeps them: without components that add nothing, or that only wait.
@@ -296,17 +298,15 @@ class LowRankUpdate(nn.Module):
         """Indices into `factors`. A component pruned for now may have been moved since: forward then adds it."""
         return (cast(Tensor, self.rank_active) | (self.required_gate() != 0)).nonzero().squeeze(1)
 
-    def _gain_offset(self, weight: Weight, A: Tensor, B: Tensor, scale: float, span: Span | None = None) -> Tensor:
-        """``m / ||W + s B A|| - 1`` [out], for the gated B."""
-        if span is not None:
-            A, B = span.of(A, B)
+    def _gain_offset(self, weight: Weight, added: Components) -> Tensor:
+        """``m / ||W + s B diag(gate) A|| - 1`` [out]."""
         if self.detach_norm or not torch.is_grad_enabled():
             sources = [self.lora_A, self.lora_B] if self.gate is None else [self.lora_A, self.lora_B, self.gate]
-            norms = self._cache.norms(weight, A, B, scale, sources)
+            norms = self._cache.norms(weight, added, sources)
         else:
             guard = not torch.compiler.is_compiling()
             constants = self._cache.constants(weight)
-            norms = row_norms(weight, constants, A, B, scale, guard=guard)
+            norms = row_norms(weight, constants, *added.plain(), added.scale, guard=guard)
         return gain_offset(cast(Tensor, self.lora_magnitude_vector), norms)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankUpdate:

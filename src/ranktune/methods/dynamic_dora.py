@@ -194,15 +194,15 @@ class DynamicDoraPolicy(RankPolicy):
         spread = [(u.lora_A.var(1).sum() + u.lora_B.var(0).sum()).to(device) for u in updates]
         return torch.stack(spread).sum() * (self.dem_weight / vectors)
 
-    def penalty_gradients(self, updates: Sequence[LowRankUpdate]) -> list[tuple[Tensor, Tensor]]:
+    @torch.no_grad()
+    def add_penalty_gradients(self, updates: Sequence[LowRankUpdate], scale: Tensor | float = 1.0) -> None:
         """``d Var(a) / da = 2 (a - mean a) / (length - 1)``, times eta / 2 n."""
-        weight = self.dem_weight / sum(update.capacity for update in updates)
-        pairs = []
+        weight = self.dem_weight / sum(update.capacity for update in updates) * scale
         for update in updates:
             for vectors, dim in ((update.lora_A, 1), (update.lora_B, 0)):
-                centred = vectors.detach() - vectors.detach().mean(dim, keepdim=True)
-                pairs.append((vectors, centred.mul_(weight / (vectors.shape[dim] - 1))))
-        return pairs
+                if vectors.grad is not None:
+                    centred = vectors - vectors.mean(dim, keepdim=True)
+                    vectors.grad.add_(centred.mul_(weight / (vectors.shape[dim] - 1)))
 
 
 def component_shares(A: Tensor, B: Tensor, c: Tensor) -> Tensor:

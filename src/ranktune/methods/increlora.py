@@ -43,7 +43,7 @@ from ranktune.allocation import grow_best
 from ranktune.config import RankConfig, register_method, require_count, require_share
 from ranktune.errors import ConfigError
 from ranktune.growing import GrowingUpdate
-from ranktune.orthogonality import from_orthonormal, from_orthonormal_slope
+from ranktune.orthogonality import add_product, from_orthonormal, slope_from_orthonormal
 from ranktune.policy import GrowthPolicy, Layout, RankPolicy, RankState
 from ranktune.schedule import GrowthSchedule
 from ranktune.update import LowRankUpdate
@@ -275,18 +275,19 @@ class IncreLoraPolicy(GrowthPolicy):
         ]
         return torch.stack(distances).sum() * (self.orth_weight / (2 * len(updates)))
 
-    def penalty_gradients(self, updates: Sequence[LowRankUpdate]) -> list[tuple[Tensor, Tensor]]:
+    @torch.no_grad()
+    def add_penalty_gradients(self, updates: Sequence[LowRankUpdate], scale: Tensor | float = 1.0) -> None:
         """The same for each parameter; nothing for a reserve that does not learn."""
-        weight = self.orth_weight / (2 * len(updates))
-        pairs = []
+        weight = self.orth_weight / (2 * len(updates)) * scale
         for group in _alike(updates):
             window, trained = group[0].window, group[0].trained
-            A = _batch([update.lora_A.detach()[:window] for update in group])
-            B = _batch([update.lora_B.detach()[:, :window].T for update in group])
-            dA, dB = (from_orthonormal_slope(vectors, weight)[:, :trained] for vectors in (A, B))
-            for position, update in enumerate(group):
-                pairs += [(update.lora_A, dA[position]), (update.lora_B, dB[position].T)]
-        return pairs
+            A = [update.lora_A[:window] for update in group]
+            B = [update.lora_B[:, :window].T for update in group]
+            for update, a, to_a, b, to_b in zip(group, A, _slopes(A, weight), B, _slopes(B, weight), strict=True):
+                if update.lora_A.grad is not None:
+                    add_product(update.lora_A.grad[:trained], to_a[:trained], a)
+                if update.lora_B.grad is not None:
+                    add_product(update.lora_B.grad[:, :trained], b.T, to_b[:, :trained])
 
     def _in_reach(self, room: Tensor, rounds: int) -> int:
         """What so many rounds can give if every module takes part."""
@@ -343,6 +344,8 @@ def _alike(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
     yield from groups.values()
 
 
-def _batch(matrices: Sequence[Tensor]) -> Tensor:
-    """Stacked along a new first dimension; a single one without a copy."""
-    return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0].unsqueeze(0)
+def _slopes(matrices: Sequence[Tensor], weight: Tensor | float) -> Sequence[Tensor]:
+    """`slope_from_orthonormal` of each matrix, in one batch where there are several."""
+    if len(matrices) == 1:
+        return [slope_from_orthonormal(matrices[0], weight)]
+    return slope_from_orthonormal(torch.stack(list(matrices)), weight).unbind()
