@@ -16,6 +16,7 @@ import ranktune
 from ranktune import ConfigError, IncreLoraConfig, RankController
 from ranktune.adapters import updates
 from ranktune.methods.increlora import IncreLoraPolicy
+from ranktune.orthogonality import add_product, slope_from_orthonormal
 from ranktune.policy import Layout, RankState
 from tests.methods import TARGETS, Linears, build_base, inputs, perturb
 
@@ -547,6 +548,24 @@ def test_the_penaltys_gradient_is_exact():
     assert vectors[0].grad is None
     for each, slope in zip(vectors[1:], slopes[1:], strict=True):
         torch.testing.assert_close(each.grad, 1.0 + 3.0 * slope, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_slope_is_added_in_the_gradients_own_type(dtype):
+    """Of 16-bit vectors too, whose distance is taken in float32."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(3, 8, generator=generator).to(dtype)
+    start = torch.randn(3, 8, generator=generator).to(dtype)
+    gradient = start.clone()
+    slope = slope_from_orthonormal(X, 0.1)
+    assert slope.dtype == torch.promote_types(dtype, torch.float32)
+    add_product(gradient, slope, X)
+    assert gradient.dtype == dtype
+    exact = X.double().requires_grad_()
+    (0.1 * (exact @ exact.T - torch.eye(3, dtype=torch.float64)).norm()).backward()
+    torch.testing.assert_close(
+        gradient, (start.double() + exact.grad).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
 def test_a_hooked_penalty_equals_one_in_the_loss():

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ranktune.lowrank import low_rank_linear
+from ranktune import lowrank
+from ranktune.lowrank import Components, Span, low_rank_linear
 
 IN, OUT, RANK, SCALE = 7, 5, 3, 0.7
 
@@ -98,6 +99,65 @@ def test_a_transposed_weight_serves_conv1d():
         rtol=1e-13,
         atol=1e-13,
     )
+
+
+@pytest.mark.parametrize("span", [None, Span(0, RANK), Span(0, 2), Span(1, 2)], ids=str)
+@pytest.mark.parametrize("gates_trained", [None, 2])
+@pytest.mark.parametrize(("dropout", "decomposed"), [(0.0, False), (0.0, True), (0.4, False), (0.4, True)])
+def test_gates_inside_the_node_equal_gated_columns(span, gates_trained, dropout, decomposed):
+    ours, theirs = operands(True), operands(True)
+    gates = [torch.tensor([0.5, -2.0, 1e-5], dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    if not decomposed:
+        ours["offset"] = None
+    torch.manual_seed(3)
+    y = low_rank_linear(
+        **ours, scale=SCALE, dropout=dropout, span=span, gate=gates[0], gates_trained=gates_trained,
+    )  # fmt: skip
+    first, end = span or (0, RANK)
+    trained = torch.arange(RANK) >= first
+    present = torch.arange(RANK) < end
+    A = torch.where((trained & present).unsqueeze(1), theirs["A"], theirs["A"].detach())
+    B = torch.where(trained & present, theirs["B"], theirs["B"].detach())
+    free = (torch.arange(RANK) < (end if gates_trained is None else gates_trained)) & trained
+    gate = torch.where(free, gates[1], gates[1].detach()) * present
+    torch.manual_seed(3)
+    dropped = F.dropout(theirs["x"].reshape(-1, IN), dropout).view_as(theirs["x"])
+    offset = theirs["offset"] if decomposed else torch.zeros(OUT, dtype=torch.float64)
+    expected = composed(theirs["x"], theirs["weight"], theirs["bias"], A, B * gate, offset, dropped, True)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=y.dtype)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name in ("x", "A", "B", *(["offset"] if decomposed else [])):
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gates[0].grad, gates[1].grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gates_trained", [None, 1])
+def test_stock_operators_get_the_same_components(gates_trained):
+    ours = operands(False)
+    gates = [torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    A, B = Components(ours["A"], ours["B"], SCALE, gates[0], Span(0, 2), gates_trained).plain()
+    (SCALE * ours["x"].detach() @ A.T @ B.T).square().sum().backward()
+    theirs = operands(False)
+    low_rank_linear(
+        theirs["x"].detach(), torch.zeros(OUT, IN, dtype=torch.float64), None, theirs["A"], theirs["B"], SCALE,
+        span=Span(0, 2), gate=gates[1], gates_trained=gates_trained,
+    ).square().sum().backward()  # fmt: skip
+    for name in ("A", "B"):
+        assert ours[name].grad.abs().sum() > 0
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gates[0].grad, gates[1].grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 512, 1100])
+def test_wide_gradients_are_summed_over_slices_of_tokens(tokens):
+    generator = torch.Generator().manual_seed(0)
+    u, dv = (torch.randn(tokens, width, generator=generator) for width in (3, lowrank._WIDE))
+    whole = u.double().T @ dv.double()
+    torch.testing.assert_close(lowrank._sum_over_tokens(u, dv).double(), whole, rtol=1e-5, atol=1e-4)
+    low = lowrank._sum_over_tokens(u.bfloat16(), dv.bfloat16())
+    assert torch.equal(low, u.bfloat16().T @ dv.bfloat16())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
