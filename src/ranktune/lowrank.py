@@ -58,7 +58,7 @@ class Components(NamedTuple):
     gates_trained: int | None = None
 
     @property
-    def count(self) -> int:
+    def present(self) -> int:
         """How many take part."""
         return len(self.A) if self.span is None else self.span.end
 

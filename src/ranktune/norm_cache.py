@@ -86,7 +86,7 @@ class NormCache:
         marks = (
             self._weight_mark,
             added.scale,
-            added.count,
+            added.present,
             *(_mark(source, follows_optimizer=True) for source in sources),
         )
         if self._cached is None or not self._cached.holds_for(marks, sources):

@@ -274,6 +274,8 @@ class LowRankUpdate(nn.Module):
 
     def components_now(self, scale: float) -> Components:
         """What the next forward pass adds, in training too."""
+        if self.gate is None:
+            return Components(*self.factors(scale))
         return Components(self.lora_A, self.lora_B, scale, self.gate)
 
     def plain_factors(self, scale: float, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
