@@ -209,7 +209,10 @@ def test_dry_run_counts_what_training_then_trains(trained: Path) -> None:
         ("method.exclude_modules=[poler]", ["'method.exclude_modules'", "Did you mean 'pooler'?"]),
         ("method.modules_to_save=[classifer]", ["'method.modules_to_save'", "Did you mean 'classifier'?"]),
         ("method.rank_pattern={qurey: 4}", ["'method.rank_pattern'", "Did you mean 'query'?"]),
-        ("method={name: lora, target_modules: [query], layers_to_transform: [7]}", ["'method.layers_to_transform'", "numbered 0 to 1"]),
+        (
+            "method={name: lora, target_modules: [query], layers_to_transform: [7]}",
+            ["'method.layers_to_transform'", "numbered 0 to 1"],
+        ),
         ("method={name: lora, target_modules: [query], exclude_modules: [query]}", ["section 'method'"]),
         ("method.name=dorra", ["'method.name'", "Did you mean 'dora'?"]),
         ("method.r=0", ["r=0", "at least 1"]),
