@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import results_page
 import scaling
 from ranktune.adapters import updates
-from stepcost.machine import Clock, Machine
+from stepcost.machine import Clock, Machine, Precision
 from stepcost.models import ENCODER_TARGETS, adapt, encoder
 from stepcost.timing import Spread
 from stepcost.variants import FROZEN, REFERENCE, VARIANTS, Variant
@@ -289,10 +289,38 @@ def test_what_is_there_is_not_measured_again_and_the_parts_of_a_sweep_come_toget
             assert row["step_to_reference"]["median"] == 1.0
     monkeypatch.setattr(scaling, "time_case", never)
     run(axes="rank")
-    # Of another question nothing is kept, and a part that is not complete is left out.
-    with pytest.raises(AssertionError, match="measured again"):
-        run(axes="rank", methods="lora")
-    monkeypatch.undo()
+    for other in ({"methods": "lora"}, {"dtype": Precision.bf16}, {"fresh": True}):
+        with pytest.raises(AssertionError, match="measured again"):
+            run(axes="rank", **other)
+
+
+def test_a_part_that_was_not_measured_at_every_value_is_left_out(run):
+    run(axes="rank", points=["rank=2"], part=scaling.Part.memory)
+    out = run(axes="rank", points=["rank=2,3"], part=scaling.Part.time)
+    record = json.loads((out / "rank.json").read_text())
+    assert "memory" not in record
+    assert {row["value"] for row in record["time"]["rows"]} == {2, 3}
+
+
+def test_a_sweep_is_of_the_newest_of_its_points_one_thread_and_the_same_weights(run, monkeypatch: pytest.MonkeyPatch):
+    threads, weights, days = [], [], iter("2345")
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    described = Machine().describe()
+    monkeypatch.setattr(Machine, "describe", lambda _: described | {"date": next(days, "1")})
+
+    def count(base, *_):
+        weights.append(base.classifier.weight.clone())
+        return [Figure(1)]
+
+    monkeypatch.setattr(scaling, "memory_case", count)
+    monkeypatch.setattr(scaling, "told", lambda _: [])
+    records = []
+    real = scaling.sweep
+    monkeypatch.setattr(scaling, "sweep", lambda *given: records.append(real(*given)) or records[-1])
+    run(axes="rank", points=["rank=2,3"], part=scaling.Part.memory)
+    assert records[0]["memory"]["environment"]["date"] == "3"
+    assert threads == [1]
+    assert torch.equal(*weights)
 
 
 def test_a_study_that_was_stopped_goes_on(run, monkeypatch: pytest.MonkeyPatch):
@@ -363,6 +391,8 @@ def test_tables_tell_medians_and_quartiles_in_their_unit():
     assert table(record, controllers, quartiles=True)[1] == [
         ["ranktune dylora", "1.50 (0.75-3.00)", "2,000 (1,000-4,000)"]
     ]
+    always_one = record_of([8, 1024], time={REFERENCE: [{"median": 1.0, "low": 1.0, "high": 1.0}] * 2})
+    assert table(always_one, told(always_one)[0], quartiles=True)[1] == [["PEFT LoRA", "1.00", "1.00"]]
     assert table(record, controllers, quartiles=False)[1] == [["ranktune dylora", "1.50", "2,000"]]
 
 
@@ -383,8 +413,10 @@ def test_a_picture_shows_every_figure_and_names_every_line():
     assert {"1", "2", "5"} <= {label.get_text() for label in time.get_yticklabels()}
     (legend,) = figure.legends
     assert {text.get_text() for text in legend.get_texts()} == {VARIANTS[name].label for name in figures}
-    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in legend.get_lines()}
-    assert len(looks) == len(figures)
+    lines = legend.get_lines()
+    # Told apart by dashes, and by markers where dashes are too short to be seen.
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(figures)
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(figures)
     # Nothing is written over anything else.
     boxes = [legend.get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
     boxes.append(figure._suptitle.get_window_extent())
