@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerState, trainer_utils
 import ranktune.training  # noqa: F401  (so that forks need not import it)
 from ranktune.cli import main
 from ranktune.run import atomic, result
-from tests.tiny import write_everything
+from tests.tiny import WIDTH, write_everything, write_model
 
 Sabotage = Callable[[], None]
 
@@ -42,7 +42,10 @@ METHODS = {
     "increlora": "method={name: increlora, r: 3, grow_by: 1, grow_interval: 3, lora_dropout: 0.1, use_dora: true}",
     "dylora": "method={name: dylora, r: 4, lora_dropout: 0.1}",
     "dora": "method={name: dora, r: 2, lora_dropout: 0.1}",
+    "nf4": "method={name: dynamic-dora, r: 2, prune_interval: 2, lora_dropout: 0.1, use_dora: true}",
 }
+# Numbers of a base weight that share a scale in 4 bits: the tiny model is made so wide.
+WIDTHS = {"nf4": 64}
 
 
 def die() -> None:
@@ -136,6 +139,7 @@ CASES: dict[str, dict[str, list[Sabotage]]] = {
     },
     "dylora": {"in-the-middle": [partial(in_step, 9)]},
     "dora": {"in-the-middle": [partial(in_step, 9)], "at-the-end-of-an-epoch": [partial(in_step, 12)]},
+    "nf4": {"in-the-middle": [partial(in_step, 9)], "twice": [partial(in_step, 6), partial(in_step, 21)]},
 }
 # `make test-kills`: these too.
 MORE: dict[str, dict[str, list[Sabotage]]] = {
@@ -156,7 +160,8 @@ MORE: dict[str, dict[str, list[Sabotage]]] = {
 }
 # Also the parts of Trainer that a fixed rank leaves to be tested: order by length, scores at the ends of epochs.
 OWN = {
-    "dora": ["train.trainer.train_sampling_strategy=group_by_length", "train.eval_every=epoch", "train.save_every=3"]
+    "dora": ["train.trainer.train_sampling_strategy=group_by_length", "train.eval_every=epoch", "train.save_every=3"],
+    "nf4": ["quantization=nf4"],
 }
 
 
@@ -191,6 +196,7 @@ def no_pictures() -> None:
 def every_case(folder: Path, method: str) -> dict[str, list[int]]:
     """Run all that there is for a method; how each process ended."""
     recipe = write_everything(folder)
+    write_model(folder / "model", WIDTHS.get(method, WIDTH))
     config = folder / "model" / "config.json"
     config.write_text(config.read_text().replace('dropout_prob": 0.0', 'dropout_prob": 0.1'))
     train = ["train", str(recipe), METHODS[method], *SHARED, *OWN.get(method, [])]

@@ -37,6 +37,8 @@ def result_of(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", CASES)
 def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, method: str) -> None:
+    if method == "nf4":
+        pytest.importorskip("bitsandbytes")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run(
         [sys.executable, "-m", "tests.killed_runs", str(tmp_path), method],
@@ -54,6 +56,9 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, method: str) -> Non
         for part, value in expected.items():
             assert found[part] == value, f"{name}: {part} differ\n{said[name]}"
         assert not list((tmp_path / name).glob(".*")), "what was half written is gone"
+    if method == "nf4":
+        assert "13 of 14 linear layers of the base model in nf4 (bitsandbytes)" in said["twice"]
+        assert json.loads((tmp_path / "twice" / "metrics.json").read_text())["resumed_at"] == [6, 20]
     if method == "dynamic-dora":
         _check_what_was_said(tmp_path, said)
 
