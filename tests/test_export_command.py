@@ -236,7 +236,7 @@ def test_what_rounding_does_is_told_apart_from_merging(gpt2, tmp_path, dtype, st
     rounding = float((proof.outputs_of(model, opened.batch) - expected).abs().max())
     assert result.rounding == pytest.approx(rounding, rel=1e-4)
     assert result.agreement.difference < 1e-6 < 1e-4 * result.agreement.largest
-    words = " ".join(merge_lines(result))
+    words = " ".join(merge_lines(result, gpt2 / "adapter"))
     assert f"merged in float32: largest difference {result.merging:.2g} from the adapter on its base" in words
     if dtype == "float32":
         assert "rounded to" not in words

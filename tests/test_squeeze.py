@@ -419,7 +419,7 @@ def test_a_budget_for_everything_is_noticed(tmp_path, budget, whole):
     peft.get_peft_model(build_base("Linear"), config).save_pretrained(tmp_path / "saved")
     result = ranktune.squeeze(tmp_path / "saved", tmp_path / "small", **budget)
     assert result.whole == whole
-    said = next(squeezed_lines(SqueezedRun(result, None, "as you asked"), tmp_path / "small"))
+    said = next(squeezed_lines(SqueezedRun(result, None, "as you asked"), tmp_path / "small", tmp_path / "saved"))
     assert said.startswith("nothing to squeeze: the budget is no less than this adapter has, total rank 12") == whole
 
 

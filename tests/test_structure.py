@@ -78,6 +78,7 @@ FLOORS = [
         "report",
         "training",
         "evaluation",
+        "other_adapter",
         "rank_curve",
         "truncation",
     },

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import Trainer
 
+from ranktune.other_adapter import fitting
 from ranktune.recipe import load_recipe
 from ranktune.run.directory import RunDirectory
 from ranktune.run.display import Display, DisplayCallback
@@ -38,13 +39,14 @@ class Evaluation:
     """The scores of a finished run, and how they compare with what it recorded.
 
     `same_data` is false when the data is not what the run was trained and scored on. `recorded` holds the run's own
-    scores after training, on the evaluation split only.
+    scores after training, on the evaluation split only. `adapter` is what was scored in place of the run's own.
     """
 
     metric: str
     scores: dict[str, float]
     recorded: dict[str, float] | None
     same_data: bool
+    adapter: Path | None = None
 
     @property
     def value(self) -> float:
@@ -82,12 +84,18 @@ class Scorer:
 
 
 @contextmanager
-def rebuilt(output: Path, display: Display, split: Split = "evaluation") -> Iterator[Scorer]:
+def rebuilt(
+    output: Path, display: Display, split: Split = "evaluation", adapter: Path | None = None
+) -> Iterator[Scorer]:
     """Rebuild the run in `output` from its recipe, its adapter and the base model, to score it on one of its splits.
+
+    Args:
+        adapter: the folder of another adapter, or of a whole model, to be scored in place of the run's own.
 
     Raises:
         RecipeError: there is no finished run, or its recipe no longer works here.
         DataError: its data is gone.
+        AdapterFileError: `adapter` is none, or does not belong to the run's base model.
     """
     directory = RunDirectory(output)
     recorded = directory.read_metrics()
@@ -97,7 +105,9 @@ def rebuilt(output: Path, display: Display, split: Split = "evaluation") -> Iter
         prepared = prepare(recipe.model_copy(update={"output": scratch}), directory.recipe)
         tokenizer = prepared.task.load_tokenizer(prepared.source.path, prepared.source.revision)
         examples = prepared.data.evaluation if split == "evaluation" else prepared.data.train
-        model = restored(pretrained(prepared.source, prepared.task, recipe), directory.adapter)
+        base = pretrained(prepared.source, prepared.task, recipe)
+        scored = directory.adapter if adapter is None else fitting(adapter, directory.adapter, base, prepared.source)
+        model = restored(base, scored)
         trainer = build_trainer(
             prepared,
             model,
@@ -116,17 +126,23 @@ def rebuilt(output: Path, display: Display, split: Split = "evaluation") -> Iter
         )
 
 
-def evaluate(output: Path, display: Display, split: Split = "evaluation") -> Evaluation:
+def evaluate(output: Path, display: Display, split: Split = "evaluation", adapter: Path | None = None) -> Evaluation:
     """Score the run in `output` on one of its splits, from its recipe, its adapter and the base model.
+
+    Args:
+        adapter: what `squeeze`, `export` or `merge` made of the run, or any other adapter for its base model, to be
+            scored in place of the run's own.
 
     Raises:
         RecipeError: there is no finished run, or its recipe no longer works here.
         DataError: its data is gone.
+        AdapterFileError: `adapter` is none, or does not belong to the run's base model.
     """
-    with rebuilt(output, display, split) as scorer:
+    with rebuilt(output, display, split, adapter) as scorer:
         return Evaluation(
             metric=scorer.task.metric,
             scores=scorer.scores(),
             recorded=scorer.recorded["scores"]["after"] if split == "evaluation" else None,
             same_data=scorer.same_data,
+            adapter=adapter,
         )

@@ -11,6 +11,7 @@ import typer
 
 from ranktune.cli.console import standard_output, warn_unless_same_data
 from ranktune.cli.options import Debug, Finished, Json, Quiet, SplitName
+from ranktune.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,14 @@ def evaluate(
             help="Of a nested adapter (dylora): the ranks to score it at, 'all' or such as 1,2,4.", show_default=False
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Score this in place of the run's own adapter: the folder of another one (squeezed, exported), or "
+            "of a merged model.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001  (read by refusals_are_messages)
@@ -33,13 +42,16 @@ def evaluate(
 
     On the same machine and data this gives exactly the score that training
     ended with. Changed data is noticed, and said. With --ranks the scores at
-    each rank are also written to rank_curve.csv and rank_curve.png in OUT.
+    each rank are also written to rank_curve.csv and rank_curve.png in OUT. What
+    squeeze, export or merge made of it is scored with --adapter.
 
     [bold]Examples[/bold]
 
         ranktune evaluate runs/first
 
         ranktune evaluate runs/nested --ranks all
+
+        ranktune evaluate runs/first --adapter runs/first-rank64
 
         ranktune evaluate runs/first --split train --json
     """
@@ -48,14 +60,18 @@ def evaluate(
     from ranktune.run.display import showing
 
     console = standard_output()
+    if ranks is not None and adapter is not None:
+        raise RecipeError("--ranks scores the run's own adapter at its ranks: leave --adapter out.")
     if ranks is not None:
         _score_ranks(console, output, ranks, split, as_json, quiet)
         return
     with showing(console, quiet or as_json) as display:
-        result = evaluate_run(output, display, split.value)
+        result = evaluate_run(output, display, split.value, adapter)
     warn_unless_same_data(result.same_data)
     if as_json:
         shown = {"metric": result.metric, "value": result.value, "scores": result.scores, "recorded": result.recorded}
+        if adapter is not None:
+            shown["adapter"] = str(adapter)
         typer.echo(json.dumps(shown))
     elif not quiet:
         console.print(scores_table(result))

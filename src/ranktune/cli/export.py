@@ -53,5 +53,5 @@ def export(
     folder = out or folder_beside(trained, "-".join([profile.value, *cut]))
     result = export_trained(trained, folder, profile.value, rank, svd_rank, approximate)
     if not quiet:
-        for line in export_lines(result, folder):
+        for line in export_lines(result, folder, trained):
             typer.echo(line)

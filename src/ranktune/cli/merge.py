@@ -41,5 +41,5 @@ def merge(
 
     result = merge_trained(trained, out, dtype, max_shard_size, approximate, dequantize=dequantize)
     if not quiet:
-        for line in merge_lines(result):
+        for line in merge_lines(result, trained):
             typer.echo(line)

@@ -88,5 +88,5 @@ def squeeze(
         typer.echo(json.dumps(asdict(result)))
     elif not quiet:
         standard_output().print(squeezed_table(result.squeezed))
-        for line in squeezed_lines(result, folder):
+        for line in squeezed_lines(result, folder, trained):
             typer.echo(line)

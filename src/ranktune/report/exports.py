@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ranktune.report.tables import size
+from ranktune.run.directory import RunDirectory
 from ranktune.storage_dtype import name_of
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ranktune.verification.proof import Agreement
 
 
-def export_lines(result: ExportedRun, folder: Path) -> list[str]:
+def export_lines(result: ExportedRun, folder: Path, trained: Path) -> list[str]:
     """Ranks, errors of an approximation, and the proof."""
     exported = result.exported
     ranks = exported.ranks.values()
@@ -34,10 +35,10 @@ def export_lines(result: ExportedRun, folder: Path) -> list[str]:
     if exported.decomposed:
         lines.append("PEFT reads a DoRA; vLLM, TGI and llama.cpp do not: use --svd-rank or `ranktune merge` for them")
     lines.append(f"{agreement_line(result.agreement)}, with stock PEFT {result.agreement.peft}")
-    return [*lines, f"Saved in {folder}."]
+    return [*lines, saved_in(folder, trained)]
 
 
-def merge_lines(result: Merged) -> list[str]:
+def merge_lines(result: Merged, trained: Path) -> list[str]:
     """Size and proof."""
     dtype = name_of(result.dtype)
     agreement = result.agreement
@@ -50,8 +51,15 @@ def merge_lines(result: Merged) -> list[str]:
         *_approximation_lines(result.approximation, agreement),
         merging,
         agreement_line(agreement),
-        f"Saved in {result.directory}.",
+        saved_in(result.directory, trained),
     ]
+
+
+def saved_in(folder: Path, trained: Path) -> str:
+    """Where the result is, and, where it was made of a run, how it is scored."""
+    if not RunDirectory(trained).metrics.exists():
+        return f"Saved in {folder}."
+    return f"Saved in {folder}. Score it: ranktune evaluate {trained} --adapter {folder}"
 
 
 def _approximation_lines(approximation: MeanGate | None, agreement: Agreement) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ranktune.report.exports import saved_in
 from ranktune.report.tables import size
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def squeezed_table(squeezed: Squeezed) -> Table:
     return table
 
 
-def squeezed_lines(result: SqueezedRun, folder: Path) -> Iterator[str]:
+def squeezed_lines(result: SqueezedRun, folder: Path, trained: Path) -> Iterator[str]:
     """Sizes, what is lost of the updates and of their effect, and where the result is."""
     squeezed = result.squeezed
     before, after = sum(squeezed.ranks_before.values()), sum(squeezed.ranks.values())
@@ -58,7 +59,7 @@ def squeezed_lines(result: SqueezedRun, folder: Path) -> Iterator[str]:
         )
     else:
         yield f"outputs were not compared: {result.unknown}"
-    yield f"Saved in {folder}."
+    yield saved_in(folder, trained)
 
 
 def _beside(squeezed: Squeezed) -> Iterator[str]:

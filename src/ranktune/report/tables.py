@@ -76,7 +76,7 @@ def scores_table(result: Evaluation) -> Table:
     """Every score of an evaluation; the run's own beside it, where there is one to compare with."""
     table = Table(title_justify="left")
     table.add_column("score")
-    table.add_column("now", justify="right")
+    table.add_column("now" if result.adapter is None else f"with {result.adapter}", justify="right")
     if result.recorded is not None:
         table.add_column("after training", justify="right")
     for name, value in result.scores.items():
