@@ -171,7 +171,7 @@ def _scaling(folder: Path) -> Iterator[str]:
     for path in paths:
         found = _read(path)
         settings = found["settings"]
-        yield f"### {path.stem}: {found['label']}"
+        yield f"### By {found['label']}"
         yield (
             f"The rest as it is: {', '.join(f'{name} {value:,}' for name, value in found['fixed'].items())}; "
             f"{settings['precision']}."

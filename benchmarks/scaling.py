@@ -21,8 +21,9 @@ update_and_allocate has to be called by hand.
 
 Every point is a file in OUT/points and is not measured again on the same
 machine with the same versions and options, so a study can be stopped and
-taken up again. OUT/AXIS.json and OUT/AXIS.png are a sweep; copied to
-benchmarks/results/scaling/, AXIS.json is part of docs/results.md.
+taken up again; after a change of the code, say --fresh. OUT/AXIS.json and
+OUT/AXIS.png are a sweep; copied to benchmarks/results/scaling/, AXIS.json
+is part of docs/results.md.
 
 Examples, the first of which takes some ten minutes on an idle core:
 

@@ -438,7 +438,7 @@ def test_figures_are_on_the_page(tmp_path: Path):
     (tmp_path / "scaling" / "rank.json").write_text(json.dumps(record))
     page = results_page.page(tmp_path)
     for words in (
-        "### rank: rank",
+        "### By rank",
         "The rest as it is: width 1,536; fp32.",
         "| ranktune lora | 0.90 (0.45-1.80) | 0.95 (0.47-1.90) |",
         "| ranktune lora | 1.01 | 1.02 |",
