@@ -161,8 +161,25 @@ def _step_cost(folder: Path) -> Iterator[str]:
         )
         yield _command(found["environment"])
         yield markdown_table((["variant", "r", "to the frozen model", "to PEFT LoRA", "quartiles"], rows))
+        if found["bytes"]:
+            yield "Bytes that a Llama block keeps for backward, exact:"
+            yield markdown_table(_kept_for_backward(found["bytes"]))
     if not paths:
         yield "Not run yet."
+
+
+def _kept_for_backward(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    lines = [
+        [
+            row["variant"],
+            str(row["r"]),
+            f"{row['dropout']:g}",
+            f"{row['saved']['per_token'] / 1024:.2f}",
+            f"{row['per_token_to_reference']:.3f}",
+        ]
+        for row in rows
+    ]
+    return ["variant", "r", "dropout", "KiB a token", "to PEFT LoRA"], lines
 
 
 def _scaling(folder: Path) -> Iterator[str]:
