@@ -22,9 +22,10 @@ from ranktune.compare.store import Store
 from ranktune.compare.summary import Summary, summarise
 from ranktune.recipe import Recipe
 from ranktune.report.comparison import figures, text, write_report
-from ranktune.report.comparison.details import read_details
+from ranktune.report.comparison.details import MethodDetails, read_details
 from ranktune.report.comparison.marks import marks, panel_range, parameter_panels, scores_astray, spread_out
 from ranktune.report.comparison.terminal import outcome_lines, outcome_table
+from ranktune.report.rank_history import RankHistory
 from tests.browser import Browser, find_browser
 
 SCORES = {
@@ -249,6 +250,17 @@ def test_close_scores_are_told_with_as_many_digits_as_it_takes(tmp_path: Path) -
     assert text.test_table(close)[1][0][2] == "+0.0000020"
     same = drawn_from(tmp_path / "same", {"lora": [0.5, 0.5], "dora": [0.5, 0.5]}, parameters)
     assert text.score_table(same)[1][0][4] == "0.5000, 0.5000"
+
+
+@pytest.mark.parametrize(("allowed", "axis"), [(24, "y"), (9000, "y2")])
+def test_a_budget_in_parameters_has_its_own_axis_and_is_drawn_to_the_end(allowed: int, axis: str) -> None:
+    history = RankHistory(["a", "b"], [0, 10, 40], np.array([[8.0, 6.0, 6.0], [8.0, 8.0, 8.0]]))
+    found = figures.budget(MethodDetails(0, history, [(0, allowed), (10, allowed // 2)]))
+    rank, budget = found.data
+    assert (rank.x, rank.y) == ((0, 10, 40), (16.0, 14.0, 14.0))
+    assert (budget.x, budget.y) == ((0, 10, 40), (allowed, allowed // 2, allowed // 2))
+    assert budget.yaxis == axis
+    assert ("yaxis2" in found.layout) == (axis == "y2")
 
 
 def test_what_is_still_to_come_is_said(tmp_path: Path) -> None:

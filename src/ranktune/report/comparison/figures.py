@@ -225,16 +225,29 @@ def rank_map(history: RankHistory) -> go.Figure:
 
 
 def budget(details: MethodDetails) -> go.Figure:
-    """Total rank and the budget over time."""
+    """Total rank and the budget over time; a budget in parameters has an axis of its own at the right."""
     figure = _figure(360, "optimizer step", "rank-1 components in use")
+    steps = [] if details.history is None else details.history.steps
     total = [] if details.history is None else details.history.ranks.sum(0).tolist()
-    if details.history is not None:
-        figure.add_scatter(x=details.history.steps, y=total, line={"shape": "hv", "color": BLUE}, name="total rank")
-    if details.budget and max(value for _, value in details.budget) <= 2 * max(total, default=0):
-        # A budget in parameters has another unit.
-        steps, values = zip(*details.budget, strict=True)
-        figure.add_scatter(x=steps, y=values, line={"shape": "hv", "dash": "dash", "color": ORANGE}, name="budget")
-    return figure.update_layout(yaxis={"rangemode": "tozero"}, showlegend=True)
+    figure.add_scatter(x=steps, y=total, mode="lines", line={"shape": "hv", "color": BLUE}, name="total rank")
+    if details.budget:
+        when, values = (list(column) for column in zip(*details.budget, strict=True))
+        end = max([*when, *steps])
+        in_components = max(values) <= 2 * max(total, default=0)
+        figure.add_scatter(
+            x=[*when, end],
+            y=[*values, values[-1]],
+            mode="lines",
+            line={"shape": "hv", "dash": "dash", "color": ORANGE},
+            name="budget" if in_components else "budget (at the right)",
+            yaxis="y" if in_components else "y2",
+        )
+        if not in_components:
+            other = {"title": {"text": "parameters allowed"}, "overlaying": "y", "side": "right", "rangemode": "tozero"}
+            figure.update_layout(yaxis2={**other, "showgrid": False, "automargin": True, "tickformat": ",d"})
+    return figure.update_layout(
+        yaxis={"rangemode": "tozero"}, showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    )
 
 
 def importance(details: MethodDetails) -> go.Figure:
@@ -254,7 +267,9 @@ def importance(details: MethodDetails) -> go.Figure:
             )
     positive = [score for score, _ in scored if score > 0]
     wide = bool(positive) and max(positive) > 20 * min(positive)
-    return figure.update_layout(yaxis={"type": "log" if wide else "linear", "exponentformat": "e"}, showlegend=True)
+    decades = np.log10(max(positive) / min(positive)) if wide else 0.0
+    axis = {"type": "log", "dtick": 1 if decades > 4 else "D2"} if wide else {"type": "linear"}
+    return figure.update_layout(yaxis={**axis, "exponentformat": "e"}, showlegend=True)
 
 
 def rank_curve(details: MethodDetails, metric: str) -> go.Figure:
