@@ -43,6 +43,11 @@ def record_of(run: Run, score: float | None, status: str = "success", seconds: f
     record = failed(run, "", seconds)
     record["train_info"]["status"] = status
     record["comparison"] |= {"score": score, "loss": 1.0, "metric": "accuracy", "greater_is_better": True}
+    costs = ("train_time", "tokens_per_second", "file_size", "memory_kind")
+    memory = ("accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th")
+    parameters = ("num_trainable_params", "num_total_params", "num_adapter_params", "num_training_params")
+    record["train_info"] |= dict.fromkeys((*costs, *memory, *parameters), 1)
+    record["meta_info"] |= {"model_info": {}, "dataset_info": {}, "package_info": {}}
     return record
 
 
@@ -284,8 +289,33 @@ def test_failures_are_forgotten_on_request_and_damaged_records_are_named(run: Ru
     (store.folder / "x.json").write_text("{")
     with pytest.raises(RecipeError, match=r"x\.json is not JSON.*Delete it"):
         store.records()
-    (store.folder / "x.json").write_text("{}")
-    with pytest.raises(RecipeError, match="no record of a comparison"):
+    for text in ("{}", "[]", '{"comparison": {}}'):
+        (store.folder / "x.json").write_text(text)
+        with pytest.raises(RecipeError, match="no record of a comparison"):
+            store.records()
+
+
+@pytest.mark.parametrize(
+    ("status", "field"),
+    [
+        ("failed", "run_info.total_time"),
+        ("failed", "train_info.status"),
+        ("failed", "comparison.score"),
+        ("success", "train_info.train_time"),
+        ("success", "meta_info.dataset_info"),
+        ("diverged", "comparison.metric"),
+    ],
+)
+def test_a_record_that_lost_a_field_is_named_before_anything_is_made_of_it(run: Run, status: str, field: str) -> None:
+    store = Store(run_folder(run))
+    store.start()
+    record = record_of(run, 0.5, status)
+    store.write(run, record)
+    assert store.records() == {run.id: record}
+    section, name = field.split(".")
+    del record[section][name]
+    store.write(run, record)
+    with pytest.raises(RecipeError, match=f"{run.id}.json .* has no '{field}'. Delete it"):
         store.records()
 
 

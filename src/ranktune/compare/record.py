@@ -116,6 +116,36 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+# What a comparison reads of every record, and of those of runs that came to their end.
+_ALWAYS = {
+    "run_info": ("total_time", "error_msg", "train_config", "peft_config"),
+    "train_info": ("status",),
+    "comparison": ("label", "phase", "learning_rate", "seed", "fingerprint", "score", "loss"),
+}
+_ENDED = {
+    "train_info": (
+        *("accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th"),
+        *("memory_kind", "train_time", "tokens_per_second", "file_size", "metrics"),
+        *("num_trainable_params", "num_total_params", "num_adapter_params", "num_training_params"),
+    ),
+    "meta_info": ("model_info", "dataset_info", "package_info", "system_info"),
+    "comparison": ("metric", "greater_is_better"),
+}
+
+
+def missing_field(record: Any) -> str | None:
+    """The first field that a comparison needs and the record has not, None where it has all."""
+    if not isinstance(record, dict):
+        return "run_info"
+    ended = record.get("train_info", {}).get("status") in ("success", "diverged")
+    for wanted in (_ALWAYS, _ENDED if ended else {}):
+        for section, names in wanted.items():
+            for name in names:
+                if name not in record.get(section, {}):
+                    return f"{section}.{name}"
+    return None
+
+
 def _peft_config(method: dict[str, Any]) -> dict[str, Any] | None:
     """The method with PEFT's name of it; None for full fine-tuning, as PEFT writes it."""
     kind = method_class(method, "a run of a comparison")

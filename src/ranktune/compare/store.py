@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ranktune.compare.grid import Run
-from ranktune.compare.record import settings
+from ranktune.compare.record import missing_field, settings
 from ranktune.errors import RecipeError
 from ranktune.run import atomic
 
@@ -53,8 +53,10 @@ class Store:
                 record = json.loads(path.read_text(encoding="utf-8"))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise RecipeError(f"{path} is not JSON: {error}. Delete it to repeat the run.") from error
-            if "comparison" not in record:
-                raise RecipeError(f"{path} is no record of a comparison's run. Delete it to repeat the run.")
+            if missing := missing_field(record):
+                raise RecipeError(
+                    f"{path} is no record of a comparison's run: it has no '{missing}'. Delete it to repeat the run."
+                )
             found[path.stem] = record
         return found
 
