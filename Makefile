@@ -47,12 +47,13 @@ bench: setup  ## time a training step and count what backward keeps, beside stoc
 bench-scaling: setup  ## how a step's time and memory grow with rank, width, modules and length; ten minutes
 	$(BIN)/python benchmarks/scaling.py
 
-bench-smoke: setup  ## a whole comparison and the scaling study in miniature, in under three minutes
+bench-smoke: setup  ## a comparison, the scaling study and the page of results in miniature, in under three minutes
 	rm -rf runs/bench-smoke
 	$(BIN)/ranktune compare examples/compare.yaml --methods lora,dynamic-dora --seeds 2 --out runs/bench-smoke \
 		train.max_steps=8 data.max_train_examples=64 data.max_eval_examples=64
-	test -s runs/bench-smoke/report.html
 	$(BIN)/python benchmarks/scaling.py --miniature --fresh --out runs/bench-smoke/scaling
+	$(BIN)/python benchmarks/results_page.py --out runs/bench-smoke/results.md
+	cd runs/bench-smoke && test -s report.html -a -s report.md -a -s table.csv -a -s score.png -a -s results.md
 
 results: setup  ## write docs/results.md from the figures in benchmarks/results
 	$(BIN)/python benchmarks/results_page.py

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from ranktune.compare.budget import Share
 from ranktune.compare.grid import Grid
 from ranktune.compare.methods import parse_methods
 from ranktune.compare.record import failed
+from ranktune.compare.search import Trial
 from ranktune.compare.store import Store
 from ranktune.compare.summary import Summary, summarise
 from ranktune.recipe import Recipe
-from ranktune.report.comparison import figures, text, write_report
+from ranktune.report.comparison import figures, pictures, text, write_report
 from ranktune.report.comparison.details import MethodDetails, read_details
 from ranktune.report.comparison.marks import marks, panel_range, parameter_panels, scores_astray, spread_out
 from ranktune.report.comparison.terminal import outcome_lines, outcome_table
@@ -241,6 +243,64 @@ def test_a_loss_that_went_astray_does_not_hide_the_others(tmp_path: Path) -> Non
     near = drawn_from(tmp_path / "near", {"lora": [1.0, 1.1], "dora": [9.0, 20.0]}, parameters)
     assert [figures.scores(summary).layout.xaxis.type for summary in (astray, near)] == ["log", None]
     assert [scores_astray(summary) for summary in (astray, near)] == [True, False]
+
+
+def test_a_few_parameters_fewer_are_no_merit(tmp_path: Path) -> None:
+    scores = {"lora": [1.0, 1.0], "dora": [1.2, 1.2], "mor": [1.1, 1.1]}
+    summary = drawn_from(tmp_path, scores, {"lora": 100_000, "dora": 99_500, "mor": 90_000})
+    assert {method.label for method in summary.methods if method.on_front} == {"lora", "mor"}
+
+
+def test_the_verdict_knows_which_way_is_better(tmp_path: Path) -> None:
+    scores = {"lora": [1.0, 1.1], "dora": [0.5, 0.61], "mor": [1.5, 1.61]}
+    summary = drawn_from(tmp_path, scores, dict.fromkeys(scores, 1000))
+    found = text.verdict(summary)[1:]
+    assert [line.split(" (p")[0] for line in found] == [
+        "dora is better than lora by 0.4950", "mor is worse than lora by 0.5050"
+    ]  # fmt: skip
+
+
+def test_figures_have_the_numbers_of_the_summary(comparison: tuple[Path, Summary, Store]) -> None:
+    _, summary, _ = comparison
+    means, seeds = figures.scores(summary).data
+    intervals = [method.interval for method in summary.methods if method.interval]
+    assert means.x == tuple(interval.mean for interval in intervals)
+    assert means.error_x.array == tuple(interval.half_width or 0.0 for interval in intervals)
+    places = [y for y, name in zip(seeds.y, seeds.customdata, strict=True) if name.startswith("mor")]
+    assert len(set(places)) == 3  # equal scores, and still three marks
+    assert all(3 < y < 3.5 for y in places)
+    trials = figures.rates(summary).data[0]
+    assert dict(zip(trials.x, trials.y, strict=True)) == pytest.approx(
+        {3.16e-4: 0.1, 1e-3: 0.6, 3.16e-3: 0.1}, abs=1e-3
+    )
+    assert trials.marker.size == (9, 16, 9)
+    bars = figures.cost(summary, "accelerator_memory_max", 2**20, "peak memory, MiB").data[0]
+    assert bars.x == (120.0,) * 5
+
+
+def test_a_loss_is_drawn_as_a_loss(tmp_path: Path) -> None:
+    summary = drawn_from(tmp_path, {"lora": [1.0, 1.1]}, {"lora": 1000})
+    searched = replace(summary, methods=[replace(summary.methods[0], trials={0.001: Trial(-2.5, None)})])
+    assert figures.rates(searched).data[0].y == (2.5,)
+
+
+def test_each_picture_shows_what_its_name_says(
+    comparison: tuple[Path, Summary, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, summary, _ = comparison
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.update({path.name: figure}))
+    pictures.draw(tmp_path, summary)
+    labels = {name: {axes.get_xlabel() for axes in figure.axes} for name, figure in drawn.items()}
+    assert labels["score.png"] == {"accuracy on the evaluation data"}
+    assert labels["cost.png"] == {"training, seconds", "peak memory, MiB"}
+    assert labels["learning_rates.png"] == {"learning rate"}
+    ticks = [tick.get_text() for tick in drawn["score.png"].axes[0].get_yticklabels()]
+    assert ticks[2] == "dylora\n(1 failed)"
+    assert len(ticks) == len(SCORES)
+    points = {line.get_label(): line.get_xydata().tolist() for axes in drawn["pareto.png"].axes for line in axes.lines}
+    assert points["lora"] == [[1034.0, pytest.approx(0.71)]]
+    assert points["full (front)"] == [[90_034.0, pytest.approx(0.8)]]
 
 
 def test_close_scores_are_told_with_as_many_digits_as_it_takes(tmp_path: Path) -> None:
