@@ -246,7 +246,7 @@ def test_a_loss_that_went_astray_does_not_hide_the_others(tmp_path: Path) -> Non
 
 
 def test_a_few_parameters_fewer_are_no_merit(tmp_path: Path) -> None:
-    scores = {"lora": [1.0, 1.0], "dora": [1.2, 1.2], "mor": [1.1, 1.1]}
+    scores = {"lora": [1.0, 1.0], "dora": [1.2, 1.2], "mor": [1.3, 1.3]}
     summary = drawn_from(tmp_path, scores, {"lora": 100_000, "dora": 99_500, "mor": 90_000})
     assert {method.label for method in summary.methods if method.on_front} == {"lora", "mor"}
 
