@@ -329,6 +329,25 @@ def test_the_score_is_that_of_an_explicit_leaf(kind, dropout, use_dora, path):
         assert layer.frozen().weight.grad is None
 
 
+@pytest.mark.parametrize("path", ["fused", "hooked"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gates_in_reserve_are_held_fast_and_vectors_in_reserve_learn(use_dora, path):
+    """A gradient would stay behind in the optimizer's moments, even where the gate itself is put back."""
+    model = grown(use_dora=use_dora)
+    for name, update in by_name(model).items():
+        if path == "hooked":
+            layer_of(model, name).base_layer.register_forward_hook(lambda *_: None)
+        assert update.rank_now < update.window < update.capacity
+    loss_of(model, 0, torch.float64).backward()
+    for update in by_name(model).values():
+        rank, window = update.rank_now, update.window
+        assert (update.gate.grad[:rank] != 0).all()
+        assert (update.gate.grad[rank:] == 0).all()
+        for listed in (update.lora_A.grad, update.lora_B.grad.T):
+            assert (listed[:window] != 0).any(1).all()
+            assert (listed[window:] == 0).all()
+
+
 def test_asking_for_scores_changes_nothing_else():
     results = []
     for asked in (False, True):
