@@ -12,6 +12,7 @@ from torch import nn
 import ranktune.norm_cache
 from ranktune import DoraConfig
 from ranktune.adapters import updates
+from ranktune.lowrank import Components, Span
 from ranktune.magnitude import weight_norms
 from ranktune.norm_cache import NormCache
 from tests.methods import TARGETS, build_base, inputs, perturb
@@ -177,6 +178,17 @@ def test_a_weight_moved_within_its_storage_is_noticed():
     cache.constants(weight)
     weight.data = pool[1]
     torch.testing.assert_close(cache.constants(weight).squared, pool[1].square().sum(1))
+
+
+def test_norms_are_of_the_components_that_take_part_at_their_scale():
+    generator = torch.Generator().manual_seed(0)
+    weight, A, B = (torch.randn(*shape, generator=generator) for shape in ((4, 3), (5, 3), (4, 5)))
+    gate = torch.tensor([1.0, -0.5, 2.0, 0.0, 3.0])
+    cache = NormCache()
+    for scale, end in ((1.0, 5), (1.0, 3), (2.0, 3), (2.0, 0), (1.0, 5)):
+        norms = cache.norms(weight, Components(A, B, scale, gate, Span(0, end)), [A, B, gate])
+        expected = (weight + scale * (B * gate)[:, :end] @ A[:end]).norm(dim=1)
+        torch.testing.assert_close(norms, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_constants_of_a_frozen_weight_are_computed_once(model, monkeypatch):
