@@ -569,6 +569,25 @@ def test_the_penaltys_gradient_is_exact():
         torch.testing.assert_close(each.grad, 1.0 + 3.0 * slope, rtol=1e-9, atol=1e-12)
 
 
+def test_the_penalty_moves_no_reserve_that_does_not_learn():
+    """It is part of the distance, as in the authors' code, and stays where it is."""
+    model = grown(advance_learning=False)
+    found = list(by_name(model).values())
+    policy = IncreLoraPolicy(IncreLoraConfig(r=4, orth_weight=0.7, advance_learning=False), layout(3), 1000)
+    policy.penalty(found).backward()
+    slopes = [(update.lora_A.grad, update.lora_B.grad) for update in found]
+    for update in found:
+        update.lora_A.grad, update.lora_B.grad = torch.zeros_like(update.lora_A), torch.zeros_like(update.lora_B)
+    policy.add_penalty_gradients(found)
+    for update, (dA, dB) in zip(found, slopes, strict=True):
+        rank = update.rank_now
+        assert rank < update.window
+        for gradient, slope in ((update.lora_A.grad, dA), (update.lora_B.grad.T, dB.T)):
+            torch.testing.assert_close(gradient[:rank], slope[:rank], rtol=1e-9, atol=1e-12)
+            assert (slope[rank : update.window] != 0).any()
+            assert (gradient[rank:] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_slope_is_added_in_the_gradients_own_type(dtype):
     """Of 16-bit vectors too, whose distance is taken in float32."""
