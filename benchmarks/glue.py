@@ -31,13 +31,13 @@ from stepcost.machine import Machine
 console = Console()
 
 
-def run(piece: Piece, methods: str, seeds: int, out: Path, jobs: int, report_only: bool) -> Result:
+def run(piece: Piece, methods: str, seeds: int, out: Path, jobs: int, report_only: bool, note: str) -> Result:
     """Train what is missing of a piece, write its report, and put its figures together."""
     recipe = piece.recipe(os.environ["RANKTUNE_DATA"], str(out))
     file = Path(f"{piece.name}.yaml")  # for messages only: the recipe has no file
     options = Options(methods=parse_methods(methods), seeds=seeds, out=out)
     summary, _ = compare_recipe(recipe, file, options, console, jobs=jobs, report_only=report_only)
-    return Result(piece.name, Machine().describe(), summary)
+    return Result(piece.name, Machine().describe(), summary, note)
 
 
 def show() -> None:
@@ -60,6 +60,7 @@ def main(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Keep the figures of the runs that have ended; train nothing.")
     ] = False,
+    note: Annotated[str, typer.Option(help="A remark that is kept with the figures and shown on the page.")] = "",
 ) -> None:
     """Run pieces of the benchmark, or list them."""
     if not pieces:
@@ -71,7 +72,9 @@ def main(
         raise typer.BadParameter("set RANKTUNE_DATA to the folder that holds glue/.")
     for name in pieces:
         piece = PIECES[name]
-        result = run(piece, methods or piece.methods, seeds or piece.seeds, out.absolute() / name, jobs, report_only)
+        result = run(
+            piece, methods or piece.methods, seeds or piece.seeds, out.absolute() / name, jobs, report_only, note
+        )
         console.print(f"kept: {keep(result)}")
 
 

@@ -18,12 +18,14 @@ import typer
 from evidence.claims import CLAIMS, HEAD, checked
 from evidence.pieces import PIECES
 from evidence.results import RESULTS, Result, kept
+from ranktune.compare.methods import parse_methods
 from ranktune.report.comparison.text import (
     markdown_table,
     parameter_table,
     score_table,
     test_table,
     troubles,
+    unfinished,
     verdict,
 )
 from ranktune.run.atomic import write_text
@@ -84,6 +86,8 @@ def _comparison(result: Result) -> Iterator[str]:
         f"{_where(result.environment)}"
     )
     yield _command(result.environment)
+    if so_far := _so_far(result):
+        yield so_far
     yield markdown_table(score_table(summary))
     if (tests := test_table(summary))[1]:
         yield markdown_table(tests)
@@ -93,6 +97,20 @@ def _comparison(result: Result) -> Iterator[str]:
     if trouble := troubles(summary):
         yield "Runs that did not end well:"
         yield "\n".join(f"- {line}" for line in trouble)
+
+
+def _so_far(result: Result) -> str:
+    """What has not been run of a piece, and the remark that is kept with the figures."""
+    piece, summary = PIECES[result.piece], result.summary
+    left = [variant.label for variant in parse_methods(piece.methods) if variant.label not in _labels(result)]
+    parts = [f"Not run yet of this piece: {', '.join(left)}."] if left else []
+    if len(summary.seeds) < piece.seeds:
+        parts.append(f"{len(summary.seeds)} of its {piece.seeds} seeds.")
+    return " ".join([*parts, *unfinished(summary), *([result.note] if result.note else [])])
+
+
+def _labels(result: Result) -> set[str]:
+    return {method.label for method in result.summary.methods}
 
 
 def _sequence(folder: Path) -> Iterator[str]:

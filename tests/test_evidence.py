@@ -187,6 +187,26 @@ def test_figures_on_the_page_follow_the_files(tmp_path: Path) -> None:
     assert "stsb-r8," not in page.split("Not run yet: ")[1].splitlines()[0]
 
 
+def test_the_page_says_what_of_a_piece_is_missing(tmp_path: Path) -> None:
+    result = result_of("stsb-r8-500", {"lora": {0: 0.5, 1: 0.25}, "dora": {0: 0.5}})
+    half = replace(result.summary.methods[1], waiting=1)
+    keep(
+        replace(result, summary=replace(result.summary, methods=[result.summary.methods[0], half]), note="Why."),
+        tmp_path,
+    )
+    page = results_page.page(tmp_path)
+    assert (
+        "Not run yet of this piece: increlora, dynamic-dora, dylora, mor. 2 of its 5 seeds. This comparison has not "
+        "ended: at least 1 runs are still to be trained. The same command goes on from here. Why."
+    ) in page
+    assert "1 of 2 (1 not trained yet)" in page
+    whole = {variant.label: dict.fromkeys(range(5), 0.5) for variant in parse_methods(PIECES["stsb-r8-500"].methods)}
+    everything = result_of("stsb-r8-500", whole)
+    keep(replace(everything, summary=replace(everything.summary, seeds=tuple(range(5)))), tmp_path)
+    assert "Not run yet of this piece" not in results_page.page(tmp_path)
+    assert "of its 5 seeds" not in results_page.page(tmp_path)
+
+
 def test_a_piece_is_run_as_its_recipe_says(monkeypatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
@@ -197,19 +217,33 @@ def test_a_piece_is_run_as_its_recipe_says(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(glue, "compare_recipe", compare)
     monkeypatch.setenv("RANKTUNE_DATA", "data")
     monkeypatch.setattr(glue, "keep", lambda result: keep(result, tmp_path))
-    glue.main(["rte-r8-500"], methods="lora,increlora", seeds=2, jobs=3, out=tmp_path / "runs", report_only=True)
+    given = {"methods": "lora,increlora", "seeds": 2, "jobs": 3, "report_only": True, "note": "why"}
+    glue.main(["rte-r8-500"], out=tmp_path / "runs", **given)
     assert asked["recipe"] == PIECES["rte-r8-500"].recipe("data", str(tmp_path / "runs" / "rte-r8-500"))
     assert ([v.label for v in asked["options"].methods], asked["options"].seeds) == (["lora", "increlora"], 2)
     assert asked["options"].search
     assert asked["report_only"] is True
     assert (asked["jobs"], asked["options"].out) == (3, tmp_path / "runs" / "rte-r8-500")
-    assert [result.piece for result in kept(tmp_path)] == ["rte-r8-500"]
+    assert [(result.piece, result.note) for result in kept(tmp_path)] == [("rte-r8-500", "why")]
 
 
 def test_the_command_on_record_leaves_out_where_files_went(monkeypatch) -> None:
     monkeypatch.setattr(
         sys,
         "argv",
-        ["/a/b/glue.py", "stsb-r8", "--out", "/home/me/x", "--out=/y", "--methods", "a[b=1]", "--report-only"],
+        [
+            "/a/b/glue.py",
+            "--jobs",
+            "2",
+            "--report-only",
+            "stsb-r8",
+            "--out",
+            "/home/me/x",
+            "--out=/y",
+            "--methods",
+            "a[b=1]",
+            "--note",
+            "why",
+        ],
     )
     assert machine.Machine().describe()["command"] == "glue.py stsb-r8 --methods 'a[b=1]'"

@@ -19,11 +19,12 @@ _SUMMARY = TypeAdapter(Summary)
 
 @dataclass(frozen=True)
 class Result:
-    """What is kept of one comparison: its piece's name, where and when it ran, and its figures."""
+    """What is kept of one comparison: its piece's name, where and when it ran, its figures, and a remark on them."""
 
     piece: str
     environment: dict[str, Any]
     summary: Summary
+    note: str = ""
 
 
 def keep(result: Result, folder: Path = RESULTS) -> Path:
@@ -31,7 +32,7 @@ def keep(result: Result, folder: Path = RESULTS) -> Path:
     summary = asdict(result.summary) | {"model": Path(result.summary.model).name}
     path = folder / "glue" / f"{result.piece}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"piece": result.piece, "environment": result.environment, "summary": summary})
+    write_json(path, asdict(result) | {"summary": summary})
     return path
 
 
@@ -39,4 +40,4 @@ def kept(folder: Path = RESULTS) -> Iterator[Result]:
     """Every result on file, by name."""
     for path in sorted((folder / "glue").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        yield Result(found["piece"], found["environment"], _SUMMARY.validate_python(found["summary"]))
+        yield Result(found["piece"], found["environment"], _SUMMARY.validate_python(found["summary"]), found["note"])

@@ -80,11 +80,16 @@ class Machine:
         }
 
 
+# Options that change no figure: those with a value, and all.
+_WITH_VALUE = ("--out", "--note", "--jobs")
+_NOT_OF_FIGURES = (*_WITH_VALUE, "--report-only")
+
+
 def _command(words: Sequence[str]) -> str:
-    """What makes the figures again: the script's name and its arguments, but for where its files went."""
+    """What makes the figures again: the script's name and its arguments that change them."""
     kept = [Path(words[0]).name]
     for before, word in pairwise(words):
-        if before != "--out" and not word.startswith(("--out", "--report-only")):
+        if before not in _WITH_VALUE and not word.startswith(_NOT_OF_FIGURES):
             kept.append(shlex.quote(word))
     return " ".join(kept)
 
