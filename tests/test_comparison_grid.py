@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from ranktune.compare.budget import Share
+from ranktune.compare.command import watching
 from ranktune.compare.driver import Options, compare, lay_out
 from ranktune.compare.grid import Grid, Run
 from ranktune.compare.methods import Variant, default_methods, parse_methods
@@ -354,12 +357,14 @@ class Lines:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.seen: list[tuple[float, int]] = []
+        self.words: list[str] = []
 
     def say(self, line: str) -> None:
         self.said.append(line)
 
-    def at(self, done: float, total: int, words: str) -> None:  # noqa: ARG002
+    def at(self, done: float, total: int, words: str) -> None:
         self.seen.append((done, total))
+        self.words.append(words)
 
 
 def worked(grid: Grid, scores: Any) -> tuple[list[str], Lines]:
@@ -395,9 +400,18 @@ def test_the_whole_grid_is_trained_once_and_failures_do_not_stop_it(recipe: Path
     assert any("dora lr 0.02 seed 1: failed (RuntimeError: out of memory)" in line for line in lines.said)
     assert any(line.startswith("[10/10]") for line in lines.said)
     assert lines.seen[-1][1] == 10
+    assert lines.words[0] == "lora lr 0.00632 seed 0"
+    assert lines.words[1] == "lora lr 0.02 seed 0; about 0:10 left"  # five more searches of two seconds
     assert worked(grid, scores)[0] == []  # nothing is repeated
     more = replace(grid, seeds=(0, 1, 2))
     assert worked(more, scores)[0] == ["lora-final-lr0.02-seed2", "dora-final-lr0.02-seed2"]
+
+
+def test_the_bar_shows_the_name_of_a_variant_whole() -> None:
+    shown = io.StringIO()
+    with watching(Console(file=shown, force_terminal=True, width=120)) as watcher:
+        watcher.at(1.5, 4, "mor[num_experts=4] lr 0.01 seed 0; about 0:10 left")
+    assert "1.5/4  mor[num_experts=4] lr 0.01 seed 0; about 0:10 left" in shown.getvalue()
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_interrupted_run_is_not_counted(recipe: Path, tmp_path: Path) -> None:

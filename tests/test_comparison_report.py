@@ -156,6 +156,9 @@ def test_the_terminal_shows_a_row_a_method_and_what_must_not_be_missed(
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     for words in ("dynamic-dora", "0.7567", "mor[num_experts=2]", "90,000", "1,100", "2 of 3 (1 failed)", "0.00316"):
         assert words in shown, words
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(outcome_table(summary))
+    assert "…" not in narrow.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     lines = outcome_lines(summary)
     assert any("differs significantly" in line or "better than lora" in line for line in lines)
     assert "did not end well" in lines[-1]
@@ -258,6 +261,12 @@ def test_the_verdict_knows_which_way_is_better(tmp_path: Path) -> None:
     assert [line.split(" (p")[0] for line in found] == [
         "dora is better than lora by 0.4950", "mor is worse than lora by 0.5050"
     ]  # fmt: skip
+
+
+def test_one_seed_is_no_test(tmp_path: Path) -> None:
+    summary = drawn_from(tmp_path, {"lora": [1.0, None], "dora": [2.0, None]}, {"lora": 1000, "dora": 1000})
+    (only,) = text.verdict(summary)
+    assert only.startswith("With one seed nothing can be said")
 
 
 def test_figures_have_the_numbers_of_the_summary(comparison: tuple[Path, Summary, Store]) -> None:

@@ -86,7 +86,7 @@ def watching(console: Console | None) -> Iterator[Watcher]:
         with Progress(
             TextColumn("runs"),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed:.1f}/{task.total}  {task.fields[words]}"),
+            TextColumn("{task.completed:.1f}/{task.total}  {task.fields[words]}", markup=False),  # a[b=1] is no markup
             TimeElapsedColumn(),
             console=console,
             transient=True,

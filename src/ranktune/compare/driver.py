@@ -19,6 +19,7 @@ from ranktune.compare.workers import Died, Ended, News, Progress
 from ranktune.errors import ConfigError, RecipeError
 from ranktune.recipe import Recipe
 from ranktune.recipe.choices import method_config
+from ranktune.run.display import clock
 from ranktune.run.model import skeleton
 from ranktune.run.prepare import Prepared, plan_of, prepare, prepare_examples
 from ranktune.run.session import libraries_quiet
@@ -187,7 +188,9 @@ def _show(
     watcher: Watcher,
 ) -> None:
     done = sum(run.id in records for run in wanted) + sum(fractions.values())
-    watcher.at(done, len(wanted), ", ".join(f"{run.label} lr {run.rate:g} seed {run.seed}" for run in pool.running))
+    words = ", ".join(f"{run.label} lr {run.rate:g} seed {run.seed}" for run in pool.running)
+    left = seconds_left(wanted, records, fractions, len(pool.running) + pool.free)
+    watcher.at(done, len(wanted), words + ("" if left is None else f"; about {clock(left)} left"))
 
 
 def _announce(run: Run, grid: Grid, store: Store, pool: Pool, watcher: Watcher) -> None:

@@ -14,7 +14,7 @@ def outcome_table(summary: Summary) -> Table:
     shown = [place for place, name in enumerate(head) if name != "every seed"]
     table = Table()
     for place in shown:
-        table.add_column(head[place], justify="left" if place == 0 else "right")
+        table.add_column(head[place], justify="left" if place == 0 else "right", overflow="fold")
     table.add_column("adapter parameters", justify="right")
     for row, (_, adapter, *_) in zip(rows, parameter_table(summary)[1], strict=True):
         table.add_row(*(row[place].replace("[", "\\[") for place in shown), adapter)

@@ -139,7 +139,7 @@ def verdict(summary: Summary) -> list[str]:
         mean = method.test.difference.mean if method.test else 0.0
         word, by = "better" if sign * mean > 0 else "worse", f"{abs(mean):{_form(summary)}}"
         lines.append(f"{method.label} is {word} than lora by {by} (p = {method.p_corrected:.3g} after Holm).")
-    if not found and any(method.test for method in summary.methods):
+    if not found and any(method.p_corrected is not None for method in summary.methods):
         lines.append("No method differs significantly from lora here, after Holm's correction for their number.")
     return lines
 
