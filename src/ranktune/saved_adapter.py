@@ -7,30 +7,23 @@ shapes are checked as a whole before any tensor is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import ranktune.methods  # noqa: F401  (registers every method)
 from ranktune.adapter_file import CONFIG_FILE, AdapterFile, StoredTensor
-from ranktune.config import PEFT_TYPE, RankConfig, config_from_fields
-from ranktune.errors import AdapterFileError, ConfigError
-from ranktune.growing import GrowingUpdate
+from ranktune.config import PEFT_TYPE
+from ranktune.errors import AdapterFileError
 from ranktune.module_order import in_usual_order
-from ranktune.nested import NestedUpdate
-from ranktune.peft_compat import FILE_PREFIX, PREFIX, pattern_value
+from ranktune.our_format import OurFormat
+from ranktune.peft_compat import FILE_PREFIX, PREFIX
 from ranktune.plain_lora import PlainModule
+from ranktune.stock_format import StockAdaLora, StockLora
 from ranktune.update import LowRankUpdate
 
-# Where each format keeps a module's tensors: its name, and what follows it.
-_PLACES = {
-    PEFT_TYPE: re.compile(rf"(?P<module>.+)\.{PREFIX}update\.(?P<tensor>\w+)"),
-    "LORA": re.compile(r"(?P<module>.+)\.(?P<tensor>lora_(?:A|B|magnitude_vector))(?:\.weight)?"),
-    "ADALORA": re.compile(r"(?P<module>.+)\.(?P<tensor>lora_A|lora_B|lora_E|ranknum)"),
-}
+_FORMATS = {PEFT_TYPE: OurFormat, "LORA": StockLora, "ADALORA": StockAdaLora}
 # Options of stock LoRA that add something other than s B A (and a magnitude).
 _OTHER_LORAS = (
     "lora_bias",
@@ -45,12 +38,7 @@ _OTHER_LORAS = (
 )
 # Starts of stock LoRA after which the base model's weights are not those of its file, whenever the adapter is loaded.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# A pattern's regular expression could be made to take for ever: characters of the longest name, to the power of its
-# repetitions, times the modules it is matched against.
-_MOST_STEPS = 10**8
 _FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
-# Numbers that a module of ours may have room for, beside those in the file.
-_MOST_ROOM = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -153,48 +141,31 @@ def load_saved_adapter(file: AdapterFile) -> SavedAdapter:
         AdapterFileError: it is no adapter of the LoRA family, or its tensors do not make one.
     """
     kind = file.config["peft_type"]
-    if kind not in _PLACES:
+    if kind not in _FORMATS:
         raise AdapterFileError(
             f"{file.path / CONFIG_FILE} has peft_type={kind!r}: only adapters of the LoRA family "
-            f"({', '.join(_PLACES)}) have ranks."
+            f"({', '.join(_FORMATS)}) have ranks."
         )
     for option in _OTHER_LORAS:
         if file.config.get(option):
             raise AdapterFileError(f"{file.path / CONFIG_FILE} has {option} set: such a LoRA is not only s B A.")
-    grouped, others = _grouped(file, _PLACES[kind])
+    grouped, others = _grouped(file, _FORMATS[kind].place)
     if not grouped:
         raise AdapterFileError(f"{file.tensor_file} has no tensors of a {kind} adapter.")
-    config = _our_config(file) if kind == PEFT_TYPE else None
-    updates: dict[str, LowRankUpdate] = {}
+    form = _FORMATS[kind](file, grouped)
     for name, stored in grouped.items():
-        if config is None:
-            _refuse_misfit(file, name, stored)
-        else:
-            updates[name] = _checked_update(file, config, name, stored)
+        form.check(name, {part: tensor.shape for part, (_, tensor) in stored.items()})
     tensors = file.load()
     modules = {}
     for name in in_usual_order(grouped):
-        stored = grouped[name]
-        own = {part: tensors[stored_name] for part, (stored_name, _) in stored.items()}
-        nbytes = sum(tensor.nbytes for _, tensor in stored.values())
-        out_in = (own["lora_B"].shape[0], own["lora_A"].shape[1])
-        capacity = own["lora_A"].shape[0]
+        own = {part: tensors[stored_name] for part, (stored_name, _) in grouped[name].items()}
         if not all(torch.isfinite(tensor).all() for tensor in own.values()):
             raise AdapterFileError(f"{file.tensor_file}: module {name} holds NaN or infinity.")
-        if config is not None:
-            update = updates[name]
-            update.load_state_dict(own)
-            alpha = _pattern_value(file, "alpha_pattern", name, config.lora_alpha, grouped)
-            scale = config.scaling(alpha, _pattern_value(file, "rank_pattern", name, config.capacity, grouped))
-            if isinstance(update, (GrowingUpdate, NestedUpdate)) and update.rank < 1:
-                raise AdapterFileError(f"{file.tensor_file}: module {name} has no component in use.")
-            modules[name] = SavedModule(out_in, capacity, update.rank, own, nbytes, scale, update)
-        else:
-            scale = _stock_scale(file, name, own, grouped)
-            rank = int(own["lora_E"].count_nonzero()) if "lora_E" in own else capacity
-            modules[name] = SavedModule(out_in, capacity, rank, own, nbytes, scale)
-    method = config.method if config is not None else _stock_method(file)
-    return SavedAdapter(file, method, modules, {name: tensors[name] for name in others})
+        A, B, found = own["lora_A"], own["lora_B"], form.read(name, own)
+        nbytes = sum(tensor.nbytes for _, tensor in grouped[name].values())
+        shape = (B.shape[0], A.shape[1])
+        modules[name] = SavedModule(shape, A.shape[0], found.rank, own, nbytes, found.scale, found.update)
+    return SavedAdapter(file, form.method, modules, {name: tensors[name] for name in others})
 
 
 Grouped = Mapping[str, dict[str, tuple[str, StoredTensor]]]
@@ -220,125 +191,3 @@ def _grouped(file: AdapterFile, place: re.Pattern[str]) -> tuple[Grouped, list[s
             raise AdapterFileError(f"{file.tensor_file} holds {found['tensor']} of {found['module']} twice.")
         module[found["tensor"]] = (name, tensor)
     return grouped, others
-
-
-def _refuse_misfit(file: AdapterFile, name: str, stored: dict[str, tuple[str, StoredTensor]]) -> None:
-    """Of stock formats: A [r, in], B [out, r], m [out], E [r, 1]."""
-    shapes = {part: tensor.shape for part, (_, tensor) in stored.items()}
-    A, B = shapes.get("lora_A"), shapes.get("lora_B")
-    if A is None or B is None:
-        raise AdapterFileError(f"{file.tensor_file}: module {name} lacks {'lora_A' if A is None else 'lora_B'}.")
-    if file.config.get("use_dora") and "lora_magnitude_vector" not in shapes:
-        raise AdapterFileError(f"{file.tensor_file}: module {name} lacks lora_magnitude_vector.")
-    if len(A) != 2 or len(B) != 2:
-        raise AdapterFileError(
-            f"{file.tensor_file}: module {name} has factors of shape {list(A)} and {list(B)}; only linear layers, with "
-            "two dimensions, are supported here."
-        )
-    fitting = {"lora_magnitude_vector": (B[0],), "lora_E": (A[0], 1), "ranknum": ()}
-    for part, shape in fitting.items():
-        if part in shapes and shapes[part] != shape:
-            raise AdapterFileError(
-                f"{file.tensor_file}: module {name} has {part} of shape {list(shapes[part])} where {list(shape)} "
-                "belongs."
-            )
-    if A[0] != B[1]:
-        raise AdapterFileError(
-            f"{file.tensor_file}: module {name} has {A[0]} rows in lora_A and {B[1]} columns in lora_B."
-        )
-    if file.config["peft_type"] == "ADALORA":
-        if "lora_E" not in shapes:
-            raise AdapterFileError(f"{file.tensor_file}: module {name} lacks lora_E.")
-        kept = _allocated(file, name)
-        if kept is not None and sum(kept) != A[0]:
-            raise AdapterFileError(
-                f"{file.path / CONFIG_FILE} says that {sum(kept)} components of {name} were kept, and "
-                f"{file.tensor_file.name} has {A[0]}."
-            )
-
-
-def _our_config(file: AdapterFile) -> RankConfig:
-    fields = {key: value for key, value in file.config.items() if key != "peft_type"}
-    try:
-        return config_from_fields(fields)
-    except (ConfigError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{file.path / CONFIG_FILE}: {error}") from error
-
-
-def _checked_update(
-    file: AdapterFile, config: RankConfig, name: str, stored: dict[str, tuple[str, StoredTensor]]
-) -> LowRankUpdate:
-    """The method's own update for the shapes in the file, without values."""
-    shapes = {part: tensor.shape for part, (_, tensor) in stored.items()}
-    A, B = shapes.get("lora_A", ()), shapes.get("lora_B", ())
-    if len(A) != 2 or len(B) != 2:
-        raise AdapterFileError(f"{file.tensor_file}: module {name} lacks lora_A [r, in] or lora_B [out, r].")
-    capacity = _pattern_value(file, "rank_pattern", name, config.capacity, ())
-    if capacity * (A[1] + B[0]) > _MOST_ROOM:
-        raise AdapterFileError(f"{file.path / CONFIG_FILE}: room for {capacity:,} components in {name} is too much.")
-    try:
-        # First without storage: what the configuration asks for may be anything, until it fits what is in the file.
-        with torch.device("meta"):
-            misfit = _make_update(config, A[1], B[0], capacity, shapes).misfit(shapes)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdapterFileError(f"{file.path / CONFIG_FILE}: no module can be made from it: {reason}") from error
-    if misfit is not None:
-        raise AdapterFileError(f"{file.tensor_file}: module {name} {misfit}.")
-    return _make_update(config, A[1], B[0], capacity, shapes)
-
-
-def _make_update(
-    config: RankConfig, in_features: int, out_features: int, capacity: int, tensors: Collection[str]
-) -> LowRankUpdate:
-    update = config.make_update(in_features, out_features, capacity)
-    config.as_saved(update, tensors)
-    if config.use_dora:
-        update.lora_magnitude_vector = torch.nn.Parameter(torch.empty(out_features))
-    return update
-
-
-def _stock_method(file: AdapterFile) -> str:
-    if file.config["peft_type"] == "ADALORA":
-        return "adalora"
-    return "dora" if file.config.get("use_dora") else "lora"
-
-
-def _stock_scale(file: AdapterFile, name: str, tensors: Mapping[str, Tensor], names: Iterable[str]) -> float:
-    """s of a module in PEFT's own formats."""
-    r, alpha = file.config.get("r"), file.config.get("lora_alpha")
-    if file.config["peft_type"] == "ADALORA":
-        alpha = alpha or float(file.config.get("init_r") or 1)
-        # PEFT goes on dividing by the rank that a module started with, whatever its allocator has left of it.
-        started = len(_allocated(file, name) or ()) or tensors["lora_A"].shape[0]
-        return alpha / (float(tensors.get("ranknum", started)) + 1e-5)
-    if r is None or alpha is None:
-        raise AdapterFileError(f"{file.path / CONFIG_FILE} does not say {'r' if r is None else 'lora_alpha'}.")
-    r = _pattern_value(file, "rank_pattern", name, r, names)
-    alpha = _pattern_value(file, "alpha_pattern", name, alpha, names)
-    if r != tensors["lora_A"].shape[0]:
-        raise AdapterFileError(
-            f"{file.path / CONFIG_FILE} gives module {name} rank {r}, and {file.tensor_file.name} has "
-            f"{tensors['lora_A'].shape[0]} components."
-        )
-    return alpha / (r**0.5 if file.config.get("use_rslora") else r)
-
-
-def _allocated(file: AdapterFile, name: str) -> list[bool] | None:
-    """Which of a module's first components AdaLoRA's allocator kept, where it acted."""
-    kept = (file.config.get("rank_pattern") or {}).get(f"{name}.lora_E")
-    return kept if isinstance(kept, list) else None
-
-
-def _pattern_value(file: AdapterFile, pattern: str, name: str, default: Any, names: Iterable[str]) -> Any:
-    """PEFT's rule for ``rank_pattern`` and ``alpha_pattern``, unless a key would take for ever to match."""
-    values = file.config.get(pattern) or {}
-    longest, count = max(map(len, [name, *names])), len(list(names)) or 1
-    for key in values:
-        repetitions = len(re.findall(r"[*+{]", key))
-        if len(key) > 4 * longest + 64 or (repetitions and longest ** (repetitions + 1) * count > _MOST_STEPS):
-            raise AdapterFileError(f"{file.path / CONFIG_FILE}: {pattern} has a key too costly to match: {key[:80]!r}.")
-    try:
-        return pattern_value(values, name, default)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterFileError(f"{file.path / CONFIG_FILE}: a key of {pattern} is no pattern: {error}.") from error
