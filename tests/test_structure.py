@@ -172,7 +172,8 @@ def test_every_public_name_exists():
 
 def test_registration_works_in_every_import_order():
     """PEFT first, ranktune first, or a module of ours first: the adapter type is known."""
-    for start in ("import peft, ranktune", "import ranktune, peft", "import ranktune.config", "import ranktune.update"):
+    ours = ("config", "update", "peft_compat", "quantised_weight", "adapters")
+    for start in ("import peft, ranktune", "import ranktune, peft", *(f"import ranktune.{name}" for name in ours)):
         code = f"{start}; import peft; assert 'RANKTUNE' in peft.PeftType.__members__, 'not registered'"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{start}: {done.stderr}"

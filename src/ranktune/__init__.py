@@ -106,14 +106,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Registration needs PEFT and our config class. Where the config's own import is what brings PEFT in, it has to finish
-# first; in every other order PEFT's import is the moment.
-@wrapt.when_imported("peft")
-def _register_with_peft(_: ModuleType) -> None:
-    if "ranktune.config" not in sys.modules:
+# Registration needs PEFT and everything that the tuner imports. PEFT's import is the moment, unless it is one of these
+# modules of ours that brings PEFT in, or one of them brings in another: each has to finish first.
+_UNDER_THE_TUNER = {f"ranktune.{name}" for name in ("config", "peft_compat", "quantised_weight")}
+_finished: set[str] = set()
+
+
+def _register(finished: ModuleType) -> None:
+    _finished.add(finished.__name__)
+    if not (_UNDER_THE_TUNER & sys.modules.keys()) - _finished:
         importlib.import_module("ranktune.tuner")
 
 
-@wrapt.when_imported("ranktune.config")
-def _register_after_config(_: ModuleType) -> None:
-    importlib.import_module("ranktune.tuner")
+for _name in ("peft", *_UNDER_THE_TUNER):
+    wrapt.register_post_import_hook(_register, _name)
