@@ -14,8 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 from ranktune import MorConfig
 from ranktune.adapters import updates
+from ranktune.layer import RankLayer
 from ranktune.mixture import route
-from ranktune.tuner import RankLayer
 from tests.methods import TARGETS, build_base, inputs, perturb
 
 WEIGHT = 0.3  # far more than the default, so that it shows beside the loss

@@ -113,7 +113,7 @@ def test_merging_keeps_the_output_and_unmerging_restores_every_bit(merging_row, 
 
 
 def _layers(model):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, ranktune.tuner.RankLayer)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ranktune.layer.RankLayer)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ranktune
 from ranktune import ConfigError, MorConfig, RankConfig
 from ranktune.adapters import updates
+from ranktune.layer import RankLayer
 from ranktune.report.tables import plan_table
 from ranktune.run.targets import plan
-from ranktune.tuner import RankLayer
 from tests.methods import TARGETS, build_base, inputs, perturb
 
 FIELDS = {"r": 4, "num_experts": 3, "lora_dropout": 0.0, "target_modules": TARGETS}

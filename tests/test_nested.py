@@ -39,7 +39,7 @@ def draw(model, span):
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, ranktune.tuner.RankLayer)]
+    return [module for module in model.modules() if isinstance(module, ranktune.layer.RankLayer)]
 
 
 def run(model, x, upstream=None):

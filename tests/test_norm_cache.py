@@ -130,7 +130,7 @@ def test_a_double_round_trip_through_half_precision_is_noticed(model):
 def test_another_scale_is_noticed(model):
     model.eval()(inputs())
     for module in model.modules():
-        if isinstance(module, ranktune.tuner.RankLayer):
+        if isinstance(module, ranktune.layer.RankLayer):
             module.scaling["default"] *= 3
     tripled = model(inputs())
     for _, update in updates(model):

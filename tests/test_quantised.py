@@ -17,9 +17,9 @@ from torch import nn
 
 import ranktune
 from ranktune.frozen_weight import FrozenRows
+from ranktune.layer import RankLayer
 from ranktune.magnitude import weight_norms
 from ranktune.quantised_weight import quantised_weight
-from ranktune.tuner import RankLayer
 from tests.methods import ROWS, TARGETS, build_base, inputs, perturb
 from tests.quantised import QUANTISATIONS, dequantised, quantise
 
@@ -334,7 +334,7 @@ def test_a_library_that_cannot_dequantise_serves_plain_lora_only(monkeypatch):
     config = ranktune.RankConfig(target_modules=TARGETS)
     plain = perturb(peft.get_peft_model(build_base("Linear"), config))
     backend = ForwardOnlyQuantizationBackend("gptq")
-    monkeypatch.setattr("ranktune.tuner.resolve_quantization_backend", lambda *_, **__: backend)
+    monkeypatch.setattr("ranktune.layer.resolve_quantization_backend", lambda *_, **__: backend)
     model = perturb(peft.get_peft_model(build_base("Linear"), config))
     x = inputs().requires_grad_()
     y = model(x)

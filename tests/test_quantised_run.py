@@ -24,12 +24,12 @@ from ranktune.cli import app
 from ranktune.dequantising import dequantised, quantisation
 from ranktune.errors import ConfigError
 from ranktune.exporting import export_trained
+from ranktune.layer import RankLayer
 from ranktune.merging import merge_trained
 from ranktune.recipe import load_recipe
 from ranktune.run.model import pretrained
 from ranktune.run.prepare import prepare
 from ranktune.run.quantization import in_words, quantization_config, unquantised
-from ranktune.tuner import RankLayer
 from tests.quantised import quantise
 from tests.tiny import LINEAR_MODULES, write_data, write_model, write_recipe
 

@@ -39,6 +39,7 @@ FLOORS = [
         "unmatched",
         "quantised_weight",
         "dequantising",
+        "layer",
         "tuner",
         "adapters",
         "quantised_state",
@@ -172,11 +173,28 @@ def test_every_public_name_exists():
 
 def test_registration_works_in_every_import_order():
     """PEFT first, ranktune first, or a module of ours first: the adapter type is known."""
-    ours = ("config", "update", "peft_compat", "quantised_weight", "adapters")
+    ours = ("config", "update", "peft_compat", "layer", "adapters")
     for start in ("import peft, ranktune", "import ranktune, peft", *(f"import ranktune.{name}" for name in ours)):
         code = f"{start}; import peft; assert 'RANKTUNE' in peft.PeftType.__members__, 'not registered'"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{start}: {done.stderr}"
+
+
+def test_registration_waits_for_what_the_tuner_imports():
+    """For every module under it that brings PEFT in, itself or through another; `methods` may finish in any order."""
+    found = modules()
+
+    def ours(name: str) -> set[str]:
+        return {below for i in imports(found[name]) if (below := i.removeprefix("ranktune.")) in found}
+
+    under = ours("tuner")
+    while more := {below for name in under for below in ours(name)} - under:
+        under |= more
+    waiting = {name for name in under if any(i.split(".")[0] == "peft" for i in imports(found[name]))}
+    while more := {name for name in under if ours(name) & waiting} - waiting:
+        waiting |= more
+    expected = {f"ranktune.{name}" for name in waiting if name.split(".")[0] != "methods"}
+    assert expected == ranktune._UNDER_THE_TUNER
 
 
 def test_no_public_name_is_also_a_module():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 import ranktune
 from ranktune import ConfigError, DoraConfig, RankConfig
-from ranktune.tuner import RankLayer
+from ranktune.layer import RankLayer
 from tests.methods import TARGETS, Linears, build_base, inputs, perturb
 
 CONFIGS = {"lora": RankConfig, "dora": DoraConfig}

@@ -108,7 +108,7 @@ def __dir__() -> list[str]:
 
 # Registration needs PEFT and everything that the tuner imports. PEFT's import is the moment, unless it is one of these
 # modules of ours that brings PEFT in, or one of them brings in another: each has to finish first.
-_UNDER_THE_TUNER = {f"ranktune.{name}" for name in ("config", "peft_compat", "quantised_weight")}
+_UNDER_THE_TUNER = {f"ranktune.{name}" for name in ("config", "layer", "peft_compat", "quantised_weight", "unmatched")}
 _finished: set[str] = set()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ranktune.tuner import RankLayer
+from ranktune.layer import RankLayer
 from ranktune.update import LowRankUpdate
 
 # What PEFT puts before the names of the model's own modules.

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError
+from ranktune.layer import RankLayer
 from ranktune.policy import Layout
-from ranktune.tuner import RankLayer
 from ranktune.update import LowRankUpdate
 
 Named = Sequence[tuple[str, LowRankUpdate]]

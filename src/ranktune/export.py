@@ -23,6 +23,7 @@ from ranktune.adapters import layers
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError, ExportError, did_you_mean
 from ranktune.frozen_weight import dense
+from ranktune.layer import RankLayer
 from ranktune.magnitude import gain_offset, norm_dtype, row_norms, weight_norms
 from ranktune.peft_compat import FILE_PREFIX, PREFIX, pattern_value
 from ranktune.plain_lora import (
@@ -35,7 +36,7 @@ from ranktune.plain_lora import (
 from ranktune.rank_setting import refuse_untrained_rank
 from ranktune.recompression import dense_singular_form, difference_norm, product_norm, singular_form
 from ranktune.run.atomic import write_folder
-from ranktune.tuner import RankLayer, modules_outside_adapters
+from ranktune.tuner import modules_outside_adapters
 
 # Rounding scale x gate x B to the file's dtype, relative to the module's update.
 _TOLERANCE = 1e-5

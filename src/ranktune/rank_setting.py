@@ -11,9 +11,9 @@ from ranktune.adapters import updates
 from ranktune.attachment import active_adapter, adapter_config
 from ranktune.config import is_count
 from ranktune.errors import ConfigError, did_you_mean
+from ranktune.layer import RankLayer
 from ranktune.methods import DyLoraConfig
 from ranktune.nested import NestedUpdate
-from ranktune.tuner import RankLayer
 
 
 def set_rank(model: nn.Module, b: int | Mapping[str, int], adapter_name: str | None = None) -> None:

@@ -24,9 +24,10 @@ from ranktune.attachment import active_adapter, adapter_config
 from ranktune.config import RankConfig
 from ranktune.errors import ConfigError
 from ranktune.gate_usage import GateUsage
+from ranktune.layer import RankLayer
 from ranktune.mixture import mixture_delta
 from ranktune.routed import RoutedUpdate
-from ranktune.tuner import RankLayer, RankTuner
+from ranktune.tuner import RankTuner
 
 
 @dataclass(frozen=True)
