@@ -161,7 +161,8 @@ def test_the_terminal_shows_a_row_a_method_and_what_must_not_be_missed(
     assert "…" not in narrow.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     lines = outcome_lines(summary)
     assert any("differs significantly" in line or "better than lora" in line for line in lines)
-    assert "did not end well" in lines[-1]
+    assert lines[-1].startswith("Not every run ended well: dylora: final lr 0.001 seed 2 failed: ValueError")
+    assert "more notes in report.md" in lines[-1]
 
 
 def test_other_data_is_noticed(comparison: tuple[Path, Summary, Store], tmp_path: Path) -> None:

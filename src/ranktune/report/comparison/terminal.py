@@ -25,5 +25,6 @@ def outcome_lines(summary: Summary) -> list[str]:
     """What a reader must not miss: the tests' verdict, runs that are missing, runs that did not end well."""
     lines = [*unfinished(summary), *verdict(summary)]
     if trouble := troubles(summary):
-        lines.append(f"{len(trouble)} notes on runs that did not end well are in the report, such as: {trouble[0]}")
+        more = f" ({len(trouble) - 1} more notes in report.md)" if len(trouble) > 1 else ""
+        lines.append(f"Not every run ended well: {trouble[0]}{more}")
     return lines
