@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evidence.claims import CLAIMS, HEAD, checked
+from evidence.claims import CLAIMS, HEAD, checked, of_glue, of_sequence
 from evidence.pieces import PIECES
 from evidence.results import RESULTS, Result, kept
 from ranktune.compare.methods import parse_methods
@@ -56,7 +56,7 @@ PARTS = {
 def page(folder: Path = RESULTS) -> str:
     """The whole page."""
     results = list(kept(folder))
-    parts = [INTRODUCTION, "## What the papers say, and what we see", _claims(results)]
+    parts = [INTRODUCTION, *_claims(results, folder)]
     for part, title in PARTS.items():
         own = [result for result in results if PIECES[result.piece].part == part]
         missing = [name for name, piece in PIECES.items() if piece.part == part and name not in _names(own)]
@@ -74,8 +74,15 @@ def _names(results: Sequence[Result]) -> set[str]:
     return {result.piece for result in results}
 
 
-def _claims(results: Sequence[Result]) -> str:
-    return markdown_table((HEAD, [checked(claim, results) for claim in CLAIMS]))
+def _claims(results: Sequence[Result], folder: Path) -> Iterator[str]:
+    yield "## What the papers say, and what we see"
+    yield (
+        "By how much the method is better than the other, in the metric of each comparison on this page; a minus says "
+        "that it is worse. How sure that is stands with the comparisons below."
+    )
+    measured = [of_glue(result) for result in results]
+    measured += [of_sequence(path.stem, _read(path)) for path in sorted((folder / "sequence").glob("*.json"))]
+    yield markdown_table((HEAD, [checked(claim, measured) for claim in CLAIMS]))
 
 
 def _comparison(result: Result) -> Iterator[str]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import glue
 import results_page
 from evidence import claims
-from evidence.claims import Claim, checked
+from evidence.claims import Claim, checked, of_glue, of_sequence
 from evidence.pieces import PIECES, TASKS
 from evidence.results import Result, keep, kept
 from ranktune.compare.methods import parse_methods
@@ -130,23 +130,40 @@ def test_what_is_kept_comes_back_and_names_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("greater", "expected"), [(True, ["1", "1", "0"]), (False, ["1", "0", "1"])])
 def test_a_direction_is_that_of_the_mean_over_common_seeds(greater: bool, expected: list[str]) -> None:
     scores = {"lora": {0: 0.5, 1: 0.6, 2: 9.0}, "dora": {0: 0.9, 1: 0.4}}
-    cells = checked(Claim("p", "s", "dora", "lora"), [result_of("stsb-r8", scores, greater=greater)])
+    cells = checked(Claim("p", "s", "dora", "lora"), [of_glue(result_of("stsb-r8", scores, greater=greater))])
     assert cells[2:5] == expected
     assert cells[5] == f"stsb-r8 {0.1 if greater else -0.1:+.4f}"
 
 
 def test_a_claim_about_little_data_looks_only_there() -> None:
     results = [
-        result_of("stsb-r8", {"lora": {0: 0.5}, "increlora": {0: 0.4}}),
-        result_of("stsb-r8-500", {"lora": {0: 0.5}, "increlora": {0: 0.7}}),
-        result_of("rte-r8-500", {"lora": {0: 0.5}, "increlora": {}}),
-        result_of("rte-r8-1000", {"lora": {0: 0.5}}),
+        of_glue(result)
+        for result in (
+            result_of("stsb-r8", {"lora": {0: 0.5}, "increlora": {0: 0.4}}),
+            result_of("stsb-r8-500", {"lora": {0: 0.5}, "increlora": {0: 0.7}}),
+            result_of("rte-r8-500", {"lora": {0: 0.5}, "increlora": {}}),
+            result_of("rte-r8-1000", {"lora": {0: 0.5}}),
+        )
     ]
     assert checked(Claim("p", "s", "increlora", "lora"), results)[2:5] == ["2", "1", "1"]
     assert checked(Claim("p", "s", "increlora", "lora", few_examples=True), results)[2:] == [
         "1", "1", "0", "stsb-r8-500 +0.2000",
     ]  # fmt: skip
     assert checked(Claim("p", "s", "mor", "lora"), results)[2:] == ["0", "0", "0", "not measured yet"]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("exact_match", 1), ("nats_per_character", -1)])
+def test_a_table_of_sequences_counts_too_at_its_largest_rank(metric: str, sign: int) -> None:
+    rows = [
+        {"method": "dylora", "rank": 16, "scores": [2.5, 2.7]},
+        {"method": "lora", "rank": 16, "scores": [2.0, 2.0]},
+        {"method": "lora", "rank": 1, "scores": [9.0, 9.0]},
+        {"method": "dylora", "rank": 4, "scores": [9.0, 9.0]},
+    ]
+    measured = of_sequence("g2p", {"metric": metric, "seeds": [0, 1], "rows": rows})
+    cells = checked(Claim("p", "s", "dylora", "lora"), [measured])
+    assert cells[5] == f"g2p {sign * 0.6:+.4f}"
+    assert checked(Claim("p", "s", "dylora", "lora", few_examples=True), [measured])[2] == "0"
 
 
 def test_claims_are_of_methods_that_are_compared() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ranktune.compare.summary import MethodSummary
+from ranktune.tasks.vocabulary import TASKS
 
 from .pieces import PIECES
 from .results import Result
@@ -35,31 +36,55 @@ CLAIMS = (
 HEAD = ["paper", "says that it is", "comparisons", "same direction", "opposite", "mean difference in each"]
 
 
-def checked(claim: Claim, results: Sequence[Result]) -> list[str]:
+@dataclass(frozen=True)
+class Measured:
+    """One comparison as claims see it: method to score by seed; and whether it is one with few examples."""
+
+    name: str
+    scores: Mapping[str, Mapping[int, float]]
+    greater_is_better: bool
+    few_examples: bool = False
+
+
+def of_glue(result: Result) -> Measured:
+    """A piece of the GLUE benchmark."""
+    scores = {method.label: method.scores for method in result.summary.methods}
+    return Measured(result.piece, scores, result.summary.greater_is_better, _is_low_resource(result))
+
+
+def of_sequence(name: str, found: Mapping[str, Any]) -> Measured:
+    """A table of `sequence_tasks.py`: of each method the row at the largest rank, which is the one at the budget."""
+    rows = sorted(found["rows"], key=lambda row: row["rank"])
+    scores = {row["method"]: dict(zip(found["seeds"], row["scores"], strict=True)) for row in rows}
+    direction = {metric: greater for task in TASKS.values() for metric, greater in task.metrics.items()}
+    return Measured(name, scores, direction[found["metric"]])
+
+
+def checked(claim: Claim, measured: Sequence[Measured]) -> list[str]:
     """The claim beside what every comparison found that has both methods: cells of `HEAD`.
 
     A direction counts as one only by the sign of the mean over seeds; how sure it is stands in the piece's own tables.
     """
     found = []
-    for result in results:
-        methods = {method.label: method for method in result.summary.methods}
-        better, worse = methods.get(claim.better), methods.get(claim.worse)
-        if better is None or worse is None or (claim.few_examples and not _is_low_resource(result)):
+    for comparison in measured:
+        if claim.few_examples and not comparison.few_examples:
             continue
-        difference = _difference(better, worse, result.summary.greater_is_better)
+        difference = _difference(claim, comparison)
         if difference is not None:
-            found.append((result.piece, difference))
+            found.append((comparison.name, difference))
     same, opposite = sum(d > 0 for _, d in found), sum(d < 0 for _, d in found)
-    words = ", ".join(f"{piece} {difference:+.4f}" for piece, difference in found)
+    words = ", ".join(f"{name} {difference:+.4f}" for name, difference in found)
     return [claim.paper, claim.says, str(len(found)), str(same), str(opposite), words or "not measured yet"]
 
 
-def _difference(better: MethodSummary, worse: MethodSummary, greater: bool) -> float | None:
-    seeds = sorted(better.scores.keys() & worse.scores.keys())
+def _difference(claim: Claim, comparison: Measured) -> float | None:
+    """By how much the claim's better method is better, on the seeds of both."""
+    better, worse = (comparison.scores.get(method, {}) for method in (claim.better, claim.worse))
+    seeds = sorted(better.keys() & worse.keys())
     if not seeds:
         return None
-    mean = sum(better.scores[seed] - worse.scores[seed] for seed in seeds) / len(seeds)
-    return mean if greater else -mean
+    mean = sum(better[seed] - worse[seed] for seed in seeds) / len(seeds)
+    return mean if comparison.greater_is_better else -mean
 
 
 def _is_low_resource(result: Result) -> bool:
