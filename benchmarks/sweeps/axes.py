@@ -75,7 +75,7 @@ AXES = {
         Axis("length", "tokens in a sequence", "tokens", _USUAL, (64, 128, 256, 512, 1024)),
         Axis(
             "controller",
-            "adapted modules",
+            "modules under a controller",
             "modules",
             Setting(width=768, modules=12, sequences=1, tokens=4, r=8),
             (12, 48, 192, 768),
