@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from ranktune.cli import app
+from ranktune.run.directory import folder_beside
 from tests.command_line import command
 from tests.tiny import LINEAR_MODULES, write_data, write_everything, write_recipe
 
@@ -48,6 +50,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metrics_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", [one.callback.__name__ for one in app.registered_commands])
+def test_every_command_refuses_in_one_message_and_tells_more_when_asked(name: str, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    needed = {"merge": ("--out", tmp_path / "out"), "squeeze": ("--budget", "rank=3"), "truncate": ("--rank", 1)}
+    assert str(nowhere) in refused(name, nowhere, *needed.get(name, ()))
+    assert "Traceback" in command(name, nowhere, *needed.get(name, ()), "--debug").stderr
+
+
+def test_cores_are_shared_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    command("plot", tmp_path)
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    command("plot", tmp_path)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_a_folder_beside_one_that_was_given_by_dots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "run" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "inner")
+    for given in (Path(".."), tmp_path / "run", Path("../../run/")):
+        assert folder_beside(given, "rank4").resolve() == tmp_path.resolve() / "run-rank4"
 
 
 def test_help_is_light_and_teaches() -> None:
