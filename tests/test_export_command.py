@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -322,3 +323,50 @@ def test_what_is_not_there(tmp_path):
     done = command("merge", tmp_path, "--out", tmp_path / "out", "--dtype", "bflot16")
     assert done.exit_code == 2
     assert "Did you mean 'bfloat16'" in done.output
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", ["stock", "ours"])
+@pytest.mark.parametrize("change", ["lost", "left over"])
+def test_a_file_that_is_not_all_of_the_adapter_is_not_used(gpt2, tmp_path, kind, change):
+    """PEFT puts random numbers where a tensor is missing, and leaves out what it has no place for."""
+    if kind == "ours":
+        shutil.copytree(gpt2 / "adapter", tmp_path / "adapter")
+    else:
+        base = GPT2LMHeadModel.from_pretrained(gpt2 / "base", dtype=torch.float32)
+        config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "h.1.attn.c_attn" in name and "lora_A" in name)
+    taken = tensors[name]
+    if change == "lost":
+        del tensors[name]
+    else:
+        tensors[name.replace("h.1", "h.7")] = taken.clone()
+    save_file(tensors, file, {"format": "pt"})
+    words = {"lost": r"lacks .*h\.1\.attn|h\.1\.attn.* lacks", "left over": r"h\.7.* no place"}
+    with pytest.raises(AdapterFileError, match=words[change]):
+        merge_trained(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_wrong_folders_are_told_what_they_are(trained, tmp_path):
+    transformers.GPT2Config().save_pretrained(tmp_path / "model")
+    shutil.copytree(trained / "out" / "adapter", tmp_path / "runs" / "one" / "adapter")
+    for name, words in {
+        tmp_path / "model": "and this one a whole model",
+        tmp_path / "runs": f"in it are runs, such as {tmp_path / 'runs' / 'one'}",
+        tmp_path: "an adapter folder holds adapter_config.json and adapter_model.safetensors",
+    }.items():
+        for arguments in (
+            ["inspect"],
+            ["squeeze", "--budget", "rank=3"],
+            ["export"],
+            ["merge", "--out", tmp_path / "x"],
+        ):
+            done = command(arguments[0], name, *arguments[1:])
+            assert done.exit_code == 2
+            assert words in done.stderr, done.stderr
+    done = command("evaluate", trained / "out" / "adapter")
+    assert f"ranktune evaluate RUN --adapter {trained / 'out' / 'adapter'}" in done.stderr

@@ -260,3 +260,23 @@ def test_perturbed_adapters_differ(tmp_path):
     assert {module.norm for module in ranktune.inspect(tmp_path / "fresh").modules.values()} == {0.0}
     perturb(fresh).save_pretrained(tmp_path / "moved")
     assert min(module.norm for module in ranktune.inspect(tmp_path / "moved").modules.values()) > 0.1
+
+
+def test_zeros_that_fill_a_uniform_file_up_are_no_rank(tmp_path):
+    model = adapted(next(row for row in ROWS if row.name == "dynamic-dora"))
+    ranks = {name: len(update.plain_factors(1.0)[0]) for name, update in updates(model)}
+    assert len(set(ranks.values())) > 1
+    ranktune.export_lora(model, tmp_path / "even", "uniform")
+    ranktune.export_lora(model, tmp_path / "uneven", "compact")
+    even, uneven = (ranktune.inspect(tmp_path / name) for name in ("even", "uneven"))
+    assert even.ranks == uneven.ranks == {name: rank for name, rank in ranks.items() if rank}
+    assert {module.capacity for module in even.modules.values()} == {max(ranks.values())}
+    assert even.adapter_parameters == uneven.adapter_parameters == uneven.parameters
+    lines = " ".join(inspection_lines(even))
+    assert f"{even.parameters - even.adapter_parameters:,} not in use, or record its ranks" in lines
+
+
+def test_a_fresh_lora_has_its_rank_although_it_adds_nothing(tmp_path):
+    config = peft.LoraConfig(r=3, target_modules=TARGETS)
+    peft.get_peft_model(build_base("Linear"), config).save_pretrained(tmp_path)
+    assert set(ranktune.inspect(tmp_path).ranks.values()) == {3}

@@ -57,7 +57,8 @@ def test_budgets_as_text(text, budget):
     assert budget_of(text) == budget
 
 
-@pytest.mark.parametrize("text", ["", "64", "rank=", "rank=1.5", "ranks=3", "energy=much", "energy=0.5="])
+@pytest.mark.parametrize("text", ["", "64", "rank=", "rank=1.5", "ranks=3", "energy=much", "energy=0.5=",
+    "rank=0", "rank=-3", "params=0", "energy=0", "energy=110%", "energy=nan"])  # fmt: skip
 def test_texts_that_are_no_budget(text):
     with pytest.raises(RecipeError, match="rank=64"):
         budget_of(text)
@@ -134,7 +135,7 @@ def test_outputs_on_texts_of_ones_own(stock, tmp_path, energy):
         (["--base", "no/such/folder/anywhere"], "its base model cannot be found"),
         (["--base", "{stock}/model", "--texts", "{stock}/none.txt"], "none.txt cannot be read as text"),
         (["--base", "{stock}/model", "--texts", "{stock}/empty.txt"], "holds no text"),
-        (["--budget", "rank=0"], "total_rank=0"),
+        (["--budget", "rank=0"], "--budget 'rank=0': write rank=64 (all modules together, at least 1)"),
         (["--profile", "compact", "--budget", "much"], "write rank=64"),
     ],
 )

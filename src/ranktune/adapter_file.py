@@ -140,7 +140,12 @@ def _plain_file(folder: Path, name: str) -> Path:
     """A regular file of the folder, or one of a hub cache that its link leads to."""
     path = folder / name
     if not path.exists():
-        _refuse(path, "does not exist; an adapter folder holds adapter_config.json and adapter_model.safetensors")
+        what = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
+        if (folder / "config.json").exists():
+            what += ", and this one a whole model"
+        elif runs := sorted(path.name for path in folder.iterdir() if (path / "adapter" / CONFIG_FILE).exists()):
+            what += f"; in it are runs, such as {folder / runs[0]}"
+        _refuse(path, f"does not exist; {what}")
     target = path.resolve()
     # A hub cache keeps <model>/snapshots/<revision>/<file> as links to <model>/blobs/<hash>.
     homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")

@@ -46,7 +46,7 @@ class SavedModule:
     """One module of a saved adapter.
 
     Attributes:
-        shape: (out, in). capacity: components in the file. rank: components in use.
+        shape: (out, in). capacity: components in the file. rank: components in use, without zeros at their end.
         tensors: the module's tensors by their own names. nbytes: their size in the file.
         scale: the factor on ``B A``, gates apart.
         update: of ours, the update itself with its tensors loaded; None in stock formats.
@@ -86,7 +86,8 @@ class SavedModule:
         """Numbers in use, gates and magnitude among them: what a run's summary counts as active."""
         if self.update is not None:
             return self.update.parameters_at(self.rank)
-        return sum(tensor.numel() for name, tensor in self.tensors.items() if name != "ranknum")
+        filled_up = (self.capacity - self.rank) * sum(self.shape) if "lora_E" not in self.tensors else 0
+        return sum(tensor.numel() for name, tensor in self.tensors.items() if name != "ranknum") - filled_up
 
     @torch.no_grad()
     def plain(self) -> PlainModule:

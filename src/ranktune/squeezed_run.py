@@ -119,20 +119,20 @@ def budget_of(text: str) -> dict[str, int | float]:
     Raises:
         RecipeError: it is none of these.
     """
-    kind, _, value = text.partition("=")
+    kind, _, value = (part.strip() for part in text.partition("="))
     try:
-        match kind.strip():
-            case "rank":
-                return {"total_rank": int(value)}
-            case "params":
-                return {"target_params": int(value.replace(",", ""))}
+        match kind:
+            case "rank" | "params" if (count := int(value.replace(",", ""))) > 0:
+                return {"total_rank" if kind == "rank" else "target_params": count}
             case "energy":
-                share = value.strip()
-                return {"energy": float(share[:-1]) / 100.0 if share.endswith("%") else float(share)}
+                share = float(value[:-1]) / 100.0 if value.endswith("%") else float(value)
+                if 0.0 < share <= 1.0:
+                    return {"energy": share}
     except ValueError:
         pass
     raise RecipeError(
-        f"--budget {text!r}: write rank=64 (all modules together), params=100000 or energy=90% (of the squared norm)."
+        f"--budget {text!r}: write rank=64 (all modules together, at least 1), params=100000 or energy=90% "
+        "(of the squared norm, at most 100%)."
     )
 
 

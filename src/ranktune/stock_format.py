@@ -56,7 +56,14 @@ class StockLora(AdapterFormat):
                 f"{self.file.path / CONFIG_FILE} gives module {name} rank {r}, and {self.file.tensor_file.name} has "
                 f"{capacity} components."
             )
-        return Reading(capacity, alpha / (r**0.5 if config.get("use_rslora") else r))
+        used = _used(tensors["lora_A"], tensors["lora_B"])
+        return Reading(used, alpha / (r**0.5 if config.get("use_rslora") else r))
+
+
+def _used(A: Tensor, B: Tensor) -> int:
+    """How many components come before those of zeros with which the uniform profile fills up."""
+    used = ((A != 0).any(1) | (B != 0).any(0)).nonzero()
+    return int(used[-1]) + 1 if len(used) else 0
 
 
 class StockAdaLora(StockLora):

@@ -25,7 +25,7 @@ def export_lines(result: ExportedRun, folder: Path, trained: Path) -> list[str]:
     lines = [f"{kind} of {len(ranks)} modules, {spread}, {size(exported.nbytes)}"]
     lines += _approximation_lines(result.approximation, result.agreement)
     if exported.dropped:
-        lines.append(f"left out, because they have rank 0: {', '.join(exported.dropped)}")
+        lines.append(left_out_line(exported.dropped))
     if exported.errors:
         worst = max(exported.errors, key=lambda name: exported.errors[name])
         mean = sum(exported.errors.values()) / len(exported.errors)
@@ -53,6 +53,13 @@ def merge_lines(result: Merged, trained: Path) -> list[str]:
         agreement_line(agreement),
         saved_in(result.directory, trained),
     ]
+
+
+def left_out_line(names: list[str]) -> str:
+    """Modules that are not in the file: all by name, or how many and the first."""
+    if len(names) > 3:
+        return f"left out, because they have rank 0: {len(names)} modules, such as {names[0]} and {names[1]}"
+    return f"left out, because they have rank 0: {', '.join(names)}"
 
 
 def saved_in(folder: Path, trained: Path) -> str:

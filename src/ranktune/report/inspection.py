@@ -80,7 +80,8 @@ def _rank(module: ModuleInspection) -> str:
 def _cells(module: ModuleInspection) -> list[str]:
     cells = ["", "", ""]
     if module.norm is not None:
-        ends = (max(module.components), min(module.components)) if module.components else (0.0, 0.0)
+        components = [norm for norm in module.components if norm] or [0.0]
+        ends = max(components), min(components)
         energy = f"{module.rank_for(0.9)} / {module.rank_for(0.99)}"
         cells = [f"{module.norm:.3g}", f"{ends[0]:.3g} / {ends[1]:.3g}", energy]
     if module.nested is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from ranktune.report.exports import saved_in
+from ranktune.report.exports import left_out_line, saved_in
 from ranktune.report.tables import size
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def squeezed_lines(result: SqueezedRun, folder: Path, trained: Path) -> Iterator
     what = " (of their factors; magnitudes are kept)" if squeezed.decomposed else ""
     yield f"lost of the updates' norm: {squeezed.error:.2%}{what}"
     if dropped := [name for name, rank in squeezed.ranks.items() if rank == 0]:
-        yield f"left out, because they have rank 0: {', '.join(dropped)}"
+        yield left_out_line(dropped)
     if (loss := result.loss) is not None:
         yield (
             f"lost of what the adapter does to outputs: {loss.share:.2%} on {loss.inputs}, in stock PEFT; largest "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ranktune.adapter_file import CONFIG_FILE
 from ranktune.errors import RecipeError
 
 
@@ -196,6 +197,11 @@ class RunDirectory:
             raise RecipeError(
                 f"the run in {self.path} did not finish: it has no {path.name}. Go on with it: ranktune train --resume "
                 f"{self.path}"
+            )
+        if (self.path / CONFIG_FILE).exists():
+            raise RecipeError(
+                f"{self.path} is the folder of an adapter, and no run: to score it on a run's data, ranktune evaluate "
+                f"RUN --adapter {self.path}"
             )
         raise RecipeError(f"{self.path} holds no run: it has no {path.name}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,11 @@ from transformers import (
     set_seed,
 )
 
+from ranktune.adapter_file import TENSOR_FILE, read_adapter
 from ranktune.baselines import Baseline
 from ranktune.baselines.penalty import penalise_training_only
 from ranktune.config import RankConfig
-from ranktune.errors import RecipeError
+from ranktune.errors import AdapterFileError, RecipeError
 from ranktune.quantised_weight import keep_layout
 from ranktune.run.quantization import quantization_config, unquantised
 
@@ -85,14 +87,39 @@ def adapted(base: PreTrainedModel, config: RankConfig | Baseline, seed: int) -> 
 
 
 def restored(base: PreTrainedModel, adapter: Path) -> PeftModel | PreTrainedModel:
-    """The base model with a saved adapter on it, or the model that was saved whole, ready to be evaluated."""
+    """The base model with a saved adapter on it, or the model that was saved whole, ready to be evaluated.
+
+    Raises:
+        AdapterFileError: the adapter's file has not all its tensors, for which PEFT would take random ones, or has more
+            than the model has places for.
+    """
     if not (adapter / peft.utils.CONFIG_NAME).exists():
         return type(base).from_pretrained(adapter, dtype=base.dtype)
     # Stock AdaLoRA's forward, which adds its penalty to the loss, works in the trainable state only.
     trainable = peft.PeftConfig.from_pretrained(str(adapter)).peft_type == peft.PeftType.ADALORA
-    model = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            model = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+        except UserWarning as warning:
+            missing = str(warning).partition(": ")[2].strip("[].").replace(".default.", ".").split(", ")
+            raise AdapterFileError(
+                f"{adapter / TENSOR_FILE} lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more." if missing[1:] else ".")
+            ) from warning
+    _refuse_left_over(model, adapter)
     penalise_training_only(model)
     return model
+
+
+def _refuse_left_over(model: PeftModel, adapter: Path) -> None:
+    """PEFT leaves tensors out, without a word, for which the model has no module."""
+    places = peft.get_peft_model_state_dict(model)
+    if left := sorted(name for name in read_adapter(adapter).tensors if name not in places):
+        raise AdapterFileError(
+            f"{adapter / TENSOR_FILE} holds {left[0]}, for which the base model {model.name_or_path!r} has no place: "
+            "it belongs to another."
+        )
 
 
 def modules_trained_in_full(recipe: Recipe, task: Task) -> list[str]:

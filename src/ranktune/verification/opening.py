@@ -81,6 +81,8 @@ def open_trained(path: Path, base: str | None = None, texts: Path | None = None,
     with libraries_quiet():
         if (path / CONFIG_FILE).exists():
             return _open_adapter(path, base, texts, dequantise)
+        if path.is_dir() and not RunDirectory(path).contents():
+            read_adapter(path)  # refuses it, naming what is there instead
         return _open_run(path, dequantise)
 
 
