@@ -54,11 +54,14 @@ def test_two_processes_share_the_work_and_one_goes_on_when_the_other_is_interrup
     assert children
     assert not psutil.wait_procs(children, timeout=20)[1]  # the run it had begun is not trained on by nobody
     trained = results(first) + results(second)
-    assert sorted(trained) == [f"{method} lr 0.02 seed {seed}" for method in ("dora", "lora") for seed in range(4)]
+    everything = {f"{method} lr 0.02 seed {seed}" for method in ("dora", "lora") for seed in range(4)}
+    # Each once; one may have ended in the moment of the interruption, unannounced.
+    assert len(trained) == len(set(trained)) >= len(everything) - 1
+    assert set(trained) <= everything
     assert second.count("4 of 4") == 2  # the one that stayed waited for the end, and reports it
     assert all(path.read_bytes() == content for path, content in kept.items())
-    records = Store(out / "runs").records().values()
-    assert {record["train_info"]["status"] for record in records} == {"success"}
+    ended = Store(out / "runs").records().values()
+    assert [record["train_info"]["status"] for record in ended] == ["success"] * len(everything)
 
 
 def locked(out: Path) -> list[Path]:
