@@ -27,10 +27,11 @@ def refuse_unmatched(config: RankConfig, names: Collection[str], linear: Collect
 
     Raises:
         UnmatchedTargetError: an entry of ``target_modules`` matches nothing; the message suggests the closest name.
-        ConfigError: the same of ``rank_pattern`` and ``alpha_pattern``; a layer that does not exist.
+        ConfigError: a layer does not exist, or a pattern's key is no regular expression.
 
     Warns:
-        UserWarning: the same of ``modules_to_save``, of which PEFT adds some without asking whether they exist.
+        UserWarning: the same of ``rank_pattern`` and ``alpha_pattern``, which PEFT lets pass with a warning too (a recipe
+            refuses them), and of ``modules_to_save``, of which PEFT adds some without asking whether they exist.
     """
     if config.saved:
         return
@@ -42,9 +43,10 @@ def refuse_unmatched(config: RankConfig, names: Collection[str], linear: Collect
         )
     for field in ("rank_pattern", "alpha_pattern"):
         if missing := unmatched_keys(field, getattr(config, field) or {}, names):
-            raise ConfigError(
+            warnings.warn(
                 f"{field} has {missing}, which no module of the base model is called.{_suggestions(missing, linear)} "
-                f"{listed}"
+                f"{listed}",
+                stacklevel=2,
             )
     if missing := missing_layers(config.layers_to_transform, names):
         raise ConfigError(f"layers_to_transform has {missing}, and the base model's layers are {layers_of(names)}.")
