@@ -30,8 +30,8 @@ def refuse_unmatched(config: RankConfig, names: Collection[str], linear: Collect
         ConfigError: a layer does not exist, or a pattern's key is no regular expression.
 
     Warns:
-        UserWarning: the same of ``rank_pattern`` and ``alpha_pattern``, which PEFT lets pass with a warning too (a recipe
-            refuses them), and of ``modules_to_save``, of which PEFT adds some without asking whether they exist.
+        UserWarning: the same of ``rank_pattern`` and ``alpha_pattern``, which PEFT lets pass with a warning too
+            (recipes refuse them), and of ``modules_to_save``, some of which PEFT adds by itself.
     """
     if config.saved:
         return
