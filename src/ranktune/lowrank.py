@@ -5,8 +5,8 @@ dropout, ``s`` the scale and ``o`` [out] the gain offset of a weight-decomposed 
 would be zero). Composing the same formula
 from stock operators writes the output four times and keeps the dropped-out input; here the low-rank product is added
 into the base output and into the input gradient in place, and backward keeps the input, ``A d(x)`` and one byte per
-dropped element. Of a nested update only a `Span` of components takes part, and backward does the work of its trained
-ones alone.
+dropped element. Of a nested or growing update only a `Span` of components takes part, and backward does the work of its
+trained ones alone.
 
 Every function here is pure torch: no module, no configuration, no PEFT. Tokens are flattened to one dimension: x is
 [n, in], y is [n, out].
@@ -29,7 +29,7 @@ _SLICE, _PRODUCT_SLICE, _WIDE = 256, 512, 3072
 
 
 class Span(NamedTuple):
-    """The leading components of a nested update that take part, and those of them that are trained.
+    """The leading components of a nested or growing update that take part, and those of them that are trained.
 
     Attributes:
         first: index of the first trained component.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -46,9 +47,9 @@ class StockAdapter(Baseline):
             **{name: list(value) if isinstance(value, list) else value for name, value in lists.items()},
         }
 
+    @abstractmethod
     def stock_config(self) -> peft.PeftConfig:
         """PEFT's own configuration."""
-        raise NotImplementedError
 
     def put_on(self, base: nn.Module) -> Any:
         """See `Baseline.put_on`."""
