@@ -89,8 +89,9 @@ def _comparison(result: Result) -> Iterator[str]:
     piece, summary = PIECES[result.piece], result.summary
     yield f"### {piece.title}: `{result.piece}`"
     yield (
-        f"{summary.data}; {summary.steps or 0:,} optimizer steps; {summary.budget:,} adapter parameters. "
-        f"{_where(result.environment)}"
+        f"{summary.data}; {summary.steps or 0:,} optimizer steps; {summary.budget:,} adapter parameters; "
+        f"{result.precision}; each learning rate judged by {summary.search_seeds} "
+        f"seed{'s' * (summary.search_seeds > 1)}. {_where(result.environment)}"
     )
     yield _command(result.environment)
     if so_far := _so_far(result):

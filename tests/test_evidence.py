@@ -235,13 +235,16 @@ def test_a_piece_is_run_as_its_recipe_says(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RANKTUNE_DATA", "data")
     monkeypatch.setattr(glue, "keep", lambda result: keep(result, tmp_path))
     given = {"methods": "lora,increlora", "seeds": 2, "jobs": 3, "report_only": True, "note": "why"}
+    given |= {"search_seeds": 3, "precision": "bf16"}
     glue.main(["rte-r8-500"], out=tmp_path / "runs", **given)
-    assert asked["recipe"] == PIECES["rte-r8-500"].recipe("data", str(tmp_path / "runs" / "rte-r8-500"))
+    assert asked["recipe"] == PIECES["rte-r8-500"].recipe("data", str(tmp_path / "runs" / "rte-r8-500"), "bf16")
+    assert asked["recipe"].train.precision == "bf16"
     assert ([v.label for v in asked["options"].methods], asked["options"].seeds) == (["lora", "increlora"], 2)
-    assert asked["options"].search
+    assert (asked["options"].search, asked["options"].search_seeds) == (True, 3)
     assert asked["report_only"] is True
     assert (asked["jobs"], asked["options"].out) == (3, tmp_path / "runs" / "rte-r8-500")
-    assert [(result.piece, result.note) for result in kept(tmp_path)] == [("rte-r8-500", "why")]
+    (result,) = kept(tmp_path)
+    assert (result.piece, result.note, result.precision) == ("rte-r8-500", "why", "bf16")
 
 
 def test_the_command_on_record_leaves_out_where_files_went(monkeypatch) -> None:

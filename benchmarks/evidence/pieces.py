@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ranktune.recipe import Recipe
+from ranktune.recipe.schema import Precision
 
 Part = Literal["main", "low-resource", "ablation"]
 
@@ -86,11 +87,11 @@ class Piece:
         few = "" if self.examples is None else f", {self.examples:,} training examples"
         return f"{TASKS[self.task].title}, r = {self.rank}{few}"
 
-    def recipe(self, data: str, output: str) -> Recipe:
+    def recipe(self, data: str, output: str, precision: Precision = "fp32") -> Recipe:
         """The recipe that its runs share.
 
         Args:
-            data: the folder that holds `glue/`. output: where runs go.
+            data: the folder that holds `glue/`. output: where runs go. precision: what they compute in.
         """
         task = TASKS[self.task]
         section = {
@@ -116,6 +117,7 @@ class Piece:
                     "epochs": float(self.epochs),
                     "learning_rate": LEARNING_RATE,
                     "warmup_ratio": 0.06,
+                    "precision": precision,
                     "eval_every": "never",
                     "trainer": {"train_sampling_strategy": "group_by_length"},
                 },

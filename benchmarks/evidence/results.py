@@ -19,12 +19,18 @@ _SUMMARY = TypeAdapter(Summary)
 
 @dataclass(frozen=True)
 class Result:
-    """What is kept of one comparison: its piece's name, where and when it ran, its figures, and a remark on them."""
+    """What is kept of one comparison.
+
+    Attributes:
+        piece: its name. environment: where and when it ran. summary: its figures. note: a remark on them.
+        precision: what its runs computed in.
+    """
 
     piece: str
     environment: dict[str, Any]
     summary: Summary
     note: str = ""
+    precision: str = "fp32"
 
 
 def keep(result: Result, folder: Path = RESULTS) -> Path:
@@ -40,4 +46,4 @@ def kept(folder: Path = RESULTS) -> Iterator[Result]:
     """Every result on file, by name."""
     for path in sorted((folder / "glue").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        yield Result(found["piece"], found["environment"], _SUMMARY.validate_python(found["summary"]), found["note"])
+        yield Result(**found | {"summary": _SUMMARY.validate_python(found["summary"])})
