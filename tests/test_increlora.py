@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ranktune
-from ranktune import ConfigError, IncreLoraConfig, RankController
+from ranktune import ConfigError, IncreLoraConfig, RankController, orthogonality
 from ranktune.adapters import updates
 from ranktune.methods.increlora import IncreLoraPolicy
-from ranktune.orthogonality import add_product, slope_from_orthonormal
 from ranktune.policy import Layout, RankState
 from tests.methods import TARGETS, Linears, build_base, inputs, perturb
 
@@ -588,22 +587,25 @@ def test_the_penalty_moves_no_reserve_that_does_not_learn():
             assert (gradient[rank:] == 0).all()
 
 
+@pytest.mark.parametrize("at_a_time", [1, 20, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_slope_is_added_in_the_gradients_own_type(dtype):
-    """Of 16-bit vectors too, whose distance is taken in float32."""
+def test_slopes_are_added_in_the_gradients_own_type(monkeypatch, dtype, at_a_time):
+    """Of 16-bit vectors too, whose distance is taken in float32; however many matrices are worked on at a time."""
+    monkeypatch.setattr(orthogonality, "_BATCH", at_a_time)
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(3, 8, generator=generator).to(dtype)
-    start = torch.randn(3, 8, generator=generator).to(dtype)
-    gradient = start.clone()
-    slope = slope_from_orthonormal(X, 0.1)
-    assert slope.dtype == torch.promote_types(dtype, torch.float32)
-    add_product(gradient, slope, X)
-    assert gradient.dtype == dtype
-    exact = X.double().requires_grad_()
-    (0.1 * (exact @ exact.T - torch.eye(3, dtype=torch.float64)).norm()).backward()
-    torch.testing.assert_close(
-        gradient, (start.double() + exact.grad).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6
-    )
+    sizes = [(3, 8), (2, 8), (3, 5), (3, 8), (2, 5), (1, 8)]
+    terms, expected = [], []
+    for trained, (k, length) in enumerate(sizes):
+        X, start = (torch.randn(k, length, generator=generator).to(dtype) for _ in range(2))
+        exact = X.double().requires_grad_()
+        (0.1 * (exact @ exact.T - torch.eye(k, dtype=torch.float64)).norm()).backward()
+        rows = slice(0, max(1, trained % (k + 1)))
+        terms.append((X, start[rows].clone()))
+        expected.append((start.double() + exact.grad).to(dtype)[rows])
+    orthogonality.add_slopes(terms, 0.1)
+    for (_, gradient), slope in zip(terms, expected, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, slope, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_a_hooked_penalty_equals_one_in_the_loss():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from ranktune import restart_warmup
 from ranktune.growing import GrowingUpdate
 from ranktune.optimizer_state import forget_components
 from ranktune.restart_warmup import RestartWarmup
@@ -103,7 +104,7 @@ def test_every_late_row_moves_as_in_an_optimizer_group_of_its_own(kind, decay, s
             if (which, row) not in gone:
                 own_optimizer.step()
         for which, births in enumerate((*[update.births()[0]] * 2, update.births()[1])):
-            for offset, birth in enumerate(births.tolist()):
+            for offset, birth in enumerate(births):
                 key = (which, START + offset)
                 if key not in alone:
                     assert birth == step
@@ -125,6 +126,46 @@ def test_every_late_row_moves_as_in_an_optimizer_group_of_its_own(kind, decay, s
         reserve = update.gate[update.rank_now : update.window]
         assert torch.equal(reserve.detach(), torch.full_like(reserve, 1e-5))
     assert len(alone) > 8
+
+
+@pytest.mark.parametrize("in_cache", [1, 30, 1 << 16])
+def test_updates_move_together_as_each_would_alone(monkeypatch, in_cache):
+    """However many of their components are moved in one go, bit for bit; a weight decay that comes later is seen."""
+    monkeypatch.setattr(restart_warmup, "_IN_CACHE", in_cache)
+
+    def moved(together):
+        chosen = [update_of(learns) for learns in (True, False, True)]
+        groups = [chosen] if together else [[update] for update in chosen]
+        optimizers = [torch.optim.AdamW([p for u in g for p in u.parameters()], LR, weight_decay=0.0) for g in groups]
+        warmups = [RestartWarmup(o, group, RAMP, TOTAL) for o, group in zip(optimizers, groups, strict=True)]
+        for step in range(20):
+            for which, update in enumerate(chosen):
+                grads = gradients(7 * step + which)
+                grads[0][update.trained :] = 0.0
+                grads[1][:, update.trained :] = 0.0
+                grads[2][update.rank_now :] = 0.0
+                for parameter, grad in zip(update.parameters(), grads, strict=True):
+                    parameter.grad = grad
+                if step == 2 + which:
+                    update.stock(3, step, 1e-5)
+                if step == 9 + which:
+                    update.promote(2, step, keep_output=False)
+            for optimizer, warmup in zip(optimizers, warmups, strict=True):
+                optimizer.param_groups[0]["weight_decay"] = 0.0 if step < 5 else 0.5
+                warmup.remember(step, final=False)
+                optimizer.step()
+                warmup.correct(step)
+        return chosen
+
+    start = update_of()
+    for one, other in zip(moved(together=True), moved(together=False), strict=True):
+        for a, b, before in zip(one.parameters(), other.parameters(), start.parameters(), strict=True):
+            assert torch.equal(a, b)
+            assert not torch.equal(a, before)
+        assert (one.rank_now, one.window) == (START + 2, START + 3)
+        assert (one.gate[one.rank_now : one.window] == 1e-5).all()
+        assert torch.equal(one.lora_A[one.window :], start.lora_A[one.window :])
+        assert torch.equal(one.lora_B[:, one.window :], start.lora_B[:, one.window :])
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])

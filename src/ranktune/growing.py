@@ -58,7 +58,7 @@ class GrowingUpdate(LowRankUpdate):
         self.scale_power = scale_power
         self.reserve_learns = reserve_learns
         self.rank_now = self._window = start_rank
-        self._births = torch.full((2, capacity), UNBORN, device="cpu")
+        self._births = [[UNBORN] * capacity] * 2
 
     @property
     def rank(self) -> int:
@@ -98,9 +98,10 @@ class GrowingUpdate(LowRankUpdate):
         """The active ones: what waits in reserve is dropped."""
         return torch.arange(self.rank_now)
 
-    def births(self) -> tuple[Tensor, Tensor]:
-        """When the trained components beyond those of the start were first there: vectors [n] and gates [m], int64."""
-        return self._births[0, self.start_rank : self.trained], self._births[1, self.start_rank : self.rank_now]
+    def births(self) -> tuple[list[int], list[int]]:
+        """When the trained components beyond those of the start were first there: their vectors, and their gates."""
+        vectors, gates = self._births
+        return vectors[self.start_rank : self.trained], gates[self.start_rank : self.rank_now]
 
     @torch.no_grad()
     def promote(self, count: int, step: int, *, keep_output: bool) -> None:
@@ -140,7 +141,7 @@ class GrowingUpdate(LowRankUpdate):
     def count(self) -> None:
         """Read the plain numbers from the buffers, after these were written."""
         if not self.rank_active.is_meta and not self.rank_birth.is_meta:
-            self._births = self.rank_birth.cpu()
+            self._births = self.rank_birth.tolist()
             self.rank_now = int(self.rank_active.sum())
             self._window = int((self.rank_active | (self.rank_birth[0] > UNBORN)).sum())
 

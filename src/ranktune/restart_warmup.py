@@ -31,42 +31,44 @@ from torch.optim import Optimizer
 from ranktune.growing import GrowingUpdate
 from ranktune.row_rates import RowRates
 
+# Late elements that are moved in one go on a CPU: with moments and intermediate results about 1.5 MiB.
+_IN_CACHE = 1 << 16
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class _Late:
     """The components of one parameter that were not there from the start, as they are before a step.
 
     Attributes:
         parameter, dim: the parameter, and the dimension that lists its components.
         first: index of the first of them.
-        births: [n] the step at which each of the leading n was first there; the others are not trained yet.
+        births: the step at which each of the leading n was first there; the others are not trained yet.
         born: those n. waiting: the others, or None where they stay as they are by themselves or nobody will ask.
     """
 
     parameter: nn.Parameter
     dim: int
     first: int
-    births: Tensor
+    births: Sequence[int]
     born: Tensor
     waiting: Tensor | None
 
     @classmethod
-    def of(cls, parameter: nn.Parameter, dim: int, first: int, births: Tensor, keep_waiting: bool) -> _Late:
+    def of(cls, parameter: nn.Parameter, dim: int, first: int, births: Sequence[int], keep_waiting: bool) -> _Late:
         """Copy them."""
         start = first + len(births)
-        whole = parameter.detach()
-        born = whole.narrow(dim, first, len(births)).clone()
-        waiting = whole.narrow(dim, start, whole.shape[dim] - start).clone() if keep_waiting else None
+        born = parameter.narrow(dim, first, len(births)).clone()
+        waiting = parameter.narrow(dim, start, parameter.shape[dim] - start).clone() if keep_waiting else None
         return cls(parameter, dim, first, births, born, waiting)
 
     def born_in(self, tensor: Tensor) -> Tensor:
         """The trained late components of a tensor of the parameter's shape."""
-        return tensor.detach().narrow(self.dim, self.first, len(self.births))
+        return tensor.narrow(self.dim, self.first, len(self.births))
 
     def waiting_in(self, tensor: Tensor) -> Tensor:
         """The untrained late components of a tensor of the parameter's shape."""
         start = self.first + len(self.births)
-        return tensor.detach().narrow(self.dim, start, tensor.shape[self.dim] - start)
+        return tensor.narrow(self.dim, start, tensor.shape[self.dim] - start)
 
     def as_multiplier(self, values: Tensor) -> Tensor:
         """One value per trained late component [n], in a shape that multiplies each."""
@@ -89,7 +91,6 @@ class RestartWarmup:
         self.ramp = ramp
         self.total_steps = total_steps
         self._late: dict[int, _Late] = {}
-        self._moves_idle_rows = _moves_idle_rows(optimizer)
         self._warn_where_inexact()
 
     @torch.no_grad()
@@ -98,10 +99,11 @@ class RestartWarmup:
 
         Once growth is final, the vectors of inert components mean nothing any more: only their gates, all zero, do.
         """
+        moves = _moves_idle_rows(self.optimizer)
         self._late = {
             id(late.parameter): late
             for update in self.updates
-            for late in _late_of(update, step, keep_vectors=self._moves_idle_rows and not final)
+            for late in _late_of(update, step, keep_vectors=moves and not final, keep_gates=moves)
         }
 
     @torch.no_grad()
@@ -111,7 +113,7 @@ class RestartWarmup:
             late = [self._late[id(parameter)] for parameter in group["params"] if id(parameter) in self._late]
             self._put_back(group, late)
             rates = RowRates.of(group, step, self.ramp, self.total_steps)
-            born = [part for part in late if len(part.births) and part.parameter.grad is not None]
+            born = [part for part in late if part.births and part.parameter.grad is not None]
             if born:
                 self._move(group, born, step, rates)
         self._late = {}
@@ -129,7 +131,7 @@ class RestartWarmup:
 
     def _move(self, group: dict[str, Any], born: Sequence[_Late], step: int, rates: RowRates) -> None:
         lr, decay = float(group["lr"]), _decoupled_decay(self.optimizer, group)
-        ages = (step - torch.cat([late.births for late in born])).double()
+        ages = torch.tensor([step - birth for late in born for birth in late.births], dtype=torch.float64)
         rho = rates.of_rows(ages)
         # Everything that is one value per component is worked out for all parts at once.
         kept = _columns(1.0 - rho * lr * decay, born) if decay else None
@@ -164,17 +166,17 @@ def _moves_idle_rows(optimizer: Optimizer) -> bool:
     return decays or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
-def _late_of(update: GrowingUpdate, step: int, keep_vectors: bool) -> Iterator[_Late]:
+def _late_of(update: GrowingUpdate, step: int, keep_vectors: bool, keep_gates: bool) -> Iterator[_Late]:
     vectors, gates = (_before(births, step) for births in update.births())
     if update.capacity > update.start_rank:
         yield _Late.of(update.lora_A, 0, update.start_rank, vectors, keep_vectors)
         yield _Late.of(update.lora_B, 1, update.start_rank, vectors, keep_vectors)
-        yield _Late.of(update.required_gate(), 0, update.start_rank, gates, True)
+        yield _Late.of(update.required_gate(), 0, update.start_rank, gates, keep_gates)
 
 
-def _before(births: Tensor, step: int) -> Tensor:
+def _before(births: list[int], step: int) -> list[int]:
     """The births, which ascend, before a step: what was born in that very step has had no gradient yet."""
-    return births if not len(births) or int(births[-1]) < step else births[births < step]
+    return births if not births or births[-1] < step else [birth for birth in births if birth < step]
 
 
 def _is_plain_adam(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -192,11 +194,15 @@ def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
 
 
 def _together(born: Sequence[_Late]) -> Iterator[slice]:
-    """Which parts are moved in one go: on the CPU each alone, so that it stays in the cache from pass to pass."""
-    if all(late.born.device.type == "cpu" for late in born):
-        yield from (slice(place, place + 1) for place in range(len(born)))
-    else:
-        yield slice(None)
+    """Which parts are moved in one go: on the CPU few enough to stay in the cache from pass to pass."""
+    first, size = 0, 0
+    for place, late in enumerate(born):
+        elements = late.born.numel() if late.born.device.type == "cpu" else 0
+        if first < place and size + elements > _IN_CACHE:
+            yield slice(first, place)
+            first, size = place, 0
+        size += elements
+    yield slice(first, len(born))
 
 
 @dataclass(frozen=True)

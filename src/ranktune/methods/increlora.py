@@ -31,7 +31,6 @@ cannot tell from all steps (0.85^40 = 0.15 %); a micro-batch's scores add up.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -43,7 +42,7 @@ from ranktune.allocation import grow_best
 from ranktune.config import RankConfig, register_method, require_count, require_share
 from ranktune.errors import ConfigError
 from ranktune.growing import GrowingUpdate
-from ranktune.orthogonality import add_product, from_orthonormal, slope_from_orthonormal
+from ranktune.orthogonality import add_slopes, from_orthonormal
 from ranktune.policy import GrowthPolicy, Layout, RankPolicy, RankState
 from ranktune.schedule import GrowthSchedule
 from ranktune.update import LowRankUpdate
@@ -275,19 +274,10 @@ class IncreLoraPolicy(GrowthPolicy):
         ]
         return torch.stack(distances).sum() * (self.orth_weight / (2 * len(updates)))
 
-    @torch.no_grad()
     def add_penalty_gradients(self, updates: Sequence[LowRankUpdate], scale: Tensor | float = 1.0) -> None:
         """The same for each parameter; nothing for a reserve that does not learn."""
-        weight = self.orth_weight / (2 * len(updates)) * scale
-        for group in _alike(updates):
-            window, trained = group[0].window, group[0].trained
-            A = [update.lora_A[:window] for update in group]
-            B = [update.lora_B[:, :window].T for update in group]
-            for update, a, to_a, b, to_b in zip(group, A, _slopes(A, weight), B, _slopes(B, weight), strict=True):
-                if update.lora_A.grad is not None:
-                    add_product(update.lora_A.grad[:trained], to_a[:trained], a)
-                if update.lora_B.grad is not None:
-                    add_product(update.lora_B.grad[:, :trained], b.T, to_b[:, :trained])
+        terms = [term for update in updates for term in _rows_and_gradients(update)]
+        add_slopes(terms, self.orth_weight / (2 * len(updates)) * scale)
 
     def _in_reach(self, room: Tensor, rounds: int) -> int:
         """What so many rounds can give if every module takes part."""
@@ -334,18 +324,10 @@ def _sensitivity_of(update: LowRankUpdate, norm: str) -> Tensor:
     return update.score.grad / (size**0.5 if norm == "sqrt" else size)
 
 
-def _alike(updates: Sequence[LowRankUpdate]) -> Iterator[list[LowRankUpdate]]:
-    """The modules in groups of one shape, one rank and one device; alone on the CPU, where a batch would only copy."""
-    groups: dict[tuple[object, ...], list[LowRankUpdate]] = defaultdict(list)
-    for update in updates:
-        shape = (update.lora_A.shape[1], update.lora_B.shape[0], update.window, update.trained)
-        device = update.lora_A.device
-        groups[(*shape, device, id(update) if device.type == "cpu" else None)].append(update)
-    yield from groups.values()
-
-
-def _slopes(matrices: Sequence[Tensor], weight: Tensor | float) -> Sequence[Tensor]:
-    """`slope_from_orthonormal` of each matrix, in one batch where there are several."""
-    if len(matrices) == 1:
-        return [slope_from_orthonormal(matrices[0], weight)]
-    return slope_from_orthonormal(torch.stack(list(matrices)), weight).unbind()
+def _rows_and_gradients(update: LowRankUpdate) -> Iterator[tuple[Tensor, Tensor]]:
+    """The vectors that are drawn towards orthonormal ones, as rows, and the gradient of those that are trained."""
+    window, trained = update.window, update.trained
+    if update.lora_A.grad is not None:
+        yield update.lora_A.detach()[:window], update.lora_A.grad[:trained]
+    if update.lora_B.grad is not None:
+        yield update.lora_B.detach()[:, :window].T, update.lora_B.grad[:, :trained].T
