@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +33,8 @@ from sequence_tasks import HEAD as SEQUENCE_HEAD
 from sequence_tasks import Row, spread
 from sweeps.axes import AXES
 from sweeps.tables import table, told
+
+Record = dict[str, Any]  # what a file holds
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
@@ -63,10 +65,7 @@ def page(folder: Path = RESULTS) -> str:
         parts += [title, *(block for result in own for block in _comparison(result))]
         if missing:
             parts.append(f"Not run yet: {', '.join(missing)}.")
-    parts += _sequence(folder / "sequence")
-    parts += _rank_search(folder / "rank_search")
-    parts += _step_cost(folder / "step_cost")
-    parts += _scaling(folder / "scaling")
+    parts += _sections(folder)
     return "\n\n".join(parts) + "\n"
 
 
@@ -81,7 +80,7 @@ def _claims(results: Sequence[Result], folder: Path) -> Iterator[str]:
         "that it is worse. How sure that is stands with the comparisons below."
     )
     measured = [of_glue(result) for result in results]
-    measured += [of_sequence(path.stem, _read(path)) for path in sorted((folder / "sequence").glob("*.json"))]
+    measured += [of_sequence(name, found) for name, found in _read_all(folder / "sequence").items()]
     yield markdown_table((HEAD, [checked(claim, measured) for claim in CLAIMS]))
 
 
@@ -121,80 +120,61 @@ def _labels(result: Result) -> set[str]:
     return {method.label for method in result.summary.methods}
 
 
-def _sequence(folder: Path) -> Iterator[str]:
-    yield "## Sequences: pronunciation and Shakespeare"
-    for path in (paths := sorted(folder.glob("*.json"))):
-        found = _read(path)
-        yield f"### {path.stem}"
-        yield (
-            f"{found['data']}; {found['metric'].replace('_', ' ')}, {found['before']:.4f} before training; "
-            f"{found['steps']:,} optimizer steps. {_where(found['environment'])}"
-        )
-        yield _command(found["environment"])
-        yield markdown_table((SEQUENCE_HEAD, [Row(**row).cells() for row in found["rows"]]))
-    if not paths:
-        yield "Not run yet."
+def _sequence(name: str, found: Record) -> Iterator[str]:
+    yield f"### {name}"
+    yield (
+        f"{found['data']}; {found['metric'].replace('_', ' ')}, {found['before']:.4f} before training; "
+        f"{found['steps']:,} optimizer steps. {_where(found['environment'])}"
+    )
+    yield _command(found["environment"])
+    yield markdown_table((SEQUENCE_HEAD, [Row(**row).cells() for row in found["rows"]]))
 
 
-def _rank_search(folder: Path) -> Iterator[str]:
-    yield "## Looking for a rank: one DyLoRA run, or a LoRA run for each"
-    for path in (paths := sorted(folder.glob("*.json"))):
-        found = _read(path)
-        arms = list(found["scores"])
-        yield f"### {path.stem}"
-        yield (
-            f"{found['data']}; {found['metric'].replace('_', ' ')}, {found['before']:.4f} before training; "
-            f"{found['steps']:,} optimizer steps a run; {len(found['seeds'])} seeds. {_where(found['environment'])}"
-        )
-        yield _command(found["environment"])
-        yield markdown_table(
-            (
-                ["rank", *arms],
-                [[b, *(spread(found["scores"][arm][b]) for arm in arms)] for b in found["scores"][arms[0]]],
-            )
-        )
-        cost = {arm: statistics.mean(seconds) for arm, seconds in found["cpu_seconds"].items()}
-        yield "Processor time of a search: " + ", ".join(
-            f"{arm} {seconds:,.0f} s ({cost['lora'] / seconds:.1f} times less than LoRA's runs)"
-            if arm != "lora"
-            else f"lora, one run a rank, {seconds:,.0f} s"
-            for arm, seconds in cost.items()
-        )
-    if not paths:
-        yield "Not run yet."
+def _rank_search(name: str, found: Record) -> Iterator[str]:
+    arms = list(found["scores"])
+    yield f"### {name}"
+    yield (
+        f"{found['data']}; {found['metric'].replace('_', ' ')}, {found['before']:.4f} before training; "
+        f"{found['steps']:,} optimizer steps a run; {len(found['seeds'])} seeds. {_where(found['environment'])}"
+    )
+    yield _command(found["environment"])
+    rows = [[b, *(spread(found["scores"][arm][b]) for arm in arms)] for b in found["scores"][arms[0]]]
+    yield markdown_table((["rank", *arms], rows))
+    cost = {arm: statistics.mean(seconds) for arm, seconds in found["cpu_seconds"].items()}
+    yield "Processor time of a search: " + ", ".join(
+        f"{arm} {seconds:,.0f} s ({cost['lora'] / seconds:.1f} times less than LoRA's runs)"
+        if arm != "lora"
+        else f"lora, one run a rank, {seconds:,.0f} s"
+        for arm, seconds in cost.items()
+    )
 
 
-def _step_cost(folder: Path) -> Iterator[str]:
-    yield "## What a training step costs"
-    for path in (paths := sorted(folder.glob("*.json"))):
-        found = _read(path)
-        settings = found["settings"]
-        rows = [
-            [
-                row["variant"],
-                str(row["r"]),
-                f"{row['step_to_frozen']['median']:.3f}",
-                f"{row['step_to_reference']['median']:.3f}",
-                f"{row['step_to_reference']['low']:.3f} to {row['step_to_reference']['high']:.3f}",
-            ]
-            for row in found["time"]
+def _step_cost(name: str, found: Record) -> Iterator[str]:
+    settings = found["settings"]
+    rows = [
+        [
+            row["variant"],
+            str(row["r"]),
+            f"{row['step_to_frozen']['median']:.3f}",
+            f"{row['step_to_reference']['median']:.3f}",
+            f"{row['step_to_reference']['low']:.3f} to {row['step_to_reference']['high']:.3f}",
         ]
-        yield f"### {path.stem}"
-        yield (
-            f"An encoder of {settings['layers']} layers, {settings['width']} wide, every linear layer adapted, "
-            f"{settings['precision']}, {settings['clock']} time, medians of {settings['rounds']} interleaved rounds. "
-            f"{_where(found['environment'])}"
-        )
-        yield _command(found["environment"])
-        yield markdown_table((["variant", "r", "to the frozen model", "to PEFT LoRA", "quartiles"], rows))
-        if found["bytes"]:
-            yield "Bytes that a Llama block keeps for backward, exact:"
-            yield markdown_table(_kept_for_backward(found["bytes"]))
-    if not paths:
-        yield "Not run yet."
+        for row in found["time"]
+    ]
+    yield f"### {name}"
+    yield (
+        f"An encoder of {settings['layers']} layers, {settings['width']} wide, every linear layer adapted, "
+        f"{settings['precision']}, {settings['clock']} time, medians of {settings['rounds']} interleaved rounds. "
+        f"{_where(found['environment'])}"
+    )
+    yield _command(found["environment"])
+    yield markdown_table((["variant", "r", "to the frozen model", "to PEFT LoRA", "quartiles"], rows))
+    if found["bytes"]:
+        yield "Bytes that a Llama block keeps for backward, exact:"
+        yield markdown_table(_kept_for_backward(found["bytes"]))
 
 
-def _kept_for_backward(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _kept_for_backward(rows: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     lines = [
         [
             row["variant"],
@@ -208,40 +188,56 @@ def _kept_for_backward(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[
     return ["variant", "r", "dropout", "KiB a token", "to PEFT LoRA"], lines
 
 
-def _scaling(folder: Path) -> Iterator[str]:
-    yield "## How that grows"
-    paths = [path for name in AXES if (path := folder / f"{name}.json").exists()]
-    for path in paths:
-        found = _read(path)
-        settings = found["settings"]
-        yield f"### By {found['label']}"
-        yield (
-            f"The rest as it is: {', '.join(f'{name} {value:,}' for name, value in found['fixed'].items())}; "
-            f"{settings['precision']}."
-        )
-        for panel in told(found):
-            environment = found[panel.part]["environment"]
-            how = "an exact count"
-            if panel.part != "memory":
-                how = f"{settings['clock']} time, medians of {settings['rounds']} interleaved rounds (quartiles)"
-            yield f"**{panel.title}**, {panel.unit}, {how}. {_where(environment)}"
-            yield _command(environment)
-            yield markdown_table(table(found, panel, quartiles=True))
-    if not paths:
-        yield "Not run yet."
+def _scaling(_: str, found: Record) -> Iterator[str]:
+    settings = found["settings"]
+    yield f"### By {found['label']}"
+    yield (
+        f"The rest as it is: {', '.join(f'{name} {value:,}' for name, value in found['fixed'].items())}; "
+        f"{settings['precision']}."
+    )
+    for panel in told(found):
+        environment = found[panel.part]["environment"]
+        how = "an exact count"
+        if panel.part != "memory":
+            how = f"{settings['clock']} time, medians of {settings['rounds']} interleaved rounds (quartiles)"
+        yield f"**{panel.title}**, {panel.unit}, {how}. {_where(environment)}"
+        yield _command(environment)
+        yield markdown_table(table(found, panel, quartiles=True))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+# Beside the comparisons: a benchmark's folder of files, its title, and what a file is on the page.
+SECTIONS: dict[str, tuple[str, Callable[[str, Record], Iterator[str]]]] = {
+    "sequence": ("## Sequences: pronunciation and Shakespeare", _sequence),
+    "rank_search": ("## Looking for a rank: one DyLoRA run, or a LoRA run for each", _rank_search),
+    "step_cost": ("## What a training step costs", _step_cost),
+    "scaling": ("## How that grows", _scaling),
+}
 
 
-def _where(environment: dict[str, Any]) -> str:
+def _sections(folder: Path) -> Iterator[str]:
+    for name, (title, blocks) in SECTIONS.items():
+        yield title
+        files = _read_all(folder / name)
+        for file, found in files.items():
+            yield from blocks(file, found)
+        if not files:
+            yield "Not run yet."
+
+
+def _read_all(folder: Path) -> dict[str, Record]:
+    """What the files of a folder hold, by name; the axes of the scaling study in their own order."""
+    order = {name: place for place, name in enumerate(AXES)}
+    paths = sorted(folder.glob("*.json"), key=lambda path: (order.get(path.stem, 0), path.stem))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def _where(environment: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     device = environment["device_name"] or f"{environment['processor']}, {environment['cores']} cores"
     return f"{environment['date'][:10]}, {device}; {versions}."
 
 
-def _command(environment: dict[str, Any]) -> str:
+def _command(environment: Record) -> str:
     return f"`RANKTUNE_DATA=data python benchmarks/{environment['command']}`"
 
 
