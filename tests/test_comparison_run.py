@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import Trainer
@@ -17,6 +19,7 @@ from ranktune.compare.execution import execute
 from ranktune.compare.grid import Run
 from ranktune.compare.methods import parse_methods
 from ranktune.compare.store import ATTEMPTS, Store
+from ranktune.compare.workers import Ended, Progress, Workers
 from ranktune.recipe import load_recipe
 from ranktune.run.directory import RunDirectory
 from ranktune.run.display import SilentDisplay
@@ -47,6 +50,36 @@ def executed(recipe: Path, out: Path, method: str, *overrides: str, **options: A
     wanted, store = one_run(recipe, out, method, *overrides, **options)
     assert execute(wanted, store, lambda *_: None)
     return store.records()[wanted.id]
+
+
+def test_every_run_has_a_process_of_its_own_that_may_have_others_load_its_data(recipe: Path, tmp_path: Path) -> None:
+    """So what a run takes does not depend on the runs before it."""
+    first, store = one_run(recipe, tmp_path, "lora", "train.max_steps=2", "train.num_workers=1")
+    second, _ = one_run(recipe, tmp_path, "dora", "train.max_steps=2")
+    seen: dict[str, set[int]] = {}
+    with Workers(store, 1) as pool:
+        for wanted in (first, second):
+            pool.start(wanted)
+            assert (pool.free, pool.running) == (0, [wanted])
+            while pool.running:
+                seen.setdefault(wanted.id, set()).update(process.pid for process in training(store.folder))
+                for news in pool.news(0.01):
+                    if not isinstance(news, Progress):
+                        assert news == Ended(wanted, trained=True)
+            assert not training(store.folder)
+    assert all(seen.values())
+    assert seen[first.id].isdisjoint(seen[second.id])
+    assert {record["train_info"]["status"] for record in store.records().values()} == {"success"}
+
+
+def training(runs: Path) -> list[psutil.Process]:
+    """Processes that were started from this one and hold a file of the folder open."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(runs in Path(file.path).parents for file in process.open_files()):
+                found.append(process)
+    return found
 
 
 def test_a_comparison_from_the_command_line_and_on_from_there(recipe: Path, tmp_path: Path) -> None:

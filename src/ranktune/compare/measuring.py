@@ -16,7 +16,7 @@ class CostCallback(TrainerCallback):
 
     Attributes:
         kind: "cuda", what the caching allocator has reserved; or "process", the resident memory of the process, which
-            holds the libraries and, in a process that trains several runs, what the allocator kept of earlier ones.
+            holds the libraries too.
     """
 
     def __init__(self) -> None:

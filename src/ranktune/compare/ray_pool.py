@@ -40,7 +40,8 @@ class RayPool:
         ray.init(ignore_reinit_error=True, log_to_driver=False)
         room = ray.cluster_resources()
         kind, self._room = ("num_gpus", room["GPU"]) if room.get("GPU") else ("num_cpus", room.get("CPU", 1))
-        self._train = ray.remote(**{kind: 1, "max_retries": 0})(_train)
+        # A process for each run, so that the memory of one does not hold what another has left.
+        self._train = ray.remote(**{kind: 1, "max_retries": 0, "max_calls": 1})(_train)
         self._pending: dict[Any, Run] = {}
 
     def __enter__(self) -> RayPool:

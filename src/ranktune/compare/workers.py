@@ -1,4 +1,5 @@
-"""Processes of this machine that train runs, each one after another, so that a crash costs one run and not the grid."""
+"""Processes of this machine that train runs, each one run: a crash costs one and not the grid, and what memory and time
+a run takes does not depend on the runs before it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+
+import torch
 
 from ranktune.compare.grid import Run
 from ranktune.compare.store import Store
@@ -47,14 +51,11 @@ News = Progress | Ended | Died
 
 
 class Workers:
-    """`count` processes; `with` ends them whatever happens inside.
-
-    They are spawned, not forked: torch's threads and CUDA survive no fork.
-    """
+    """Up to `count` processes at a time; `with` ends them whatever happens inside."""
 
     def __init__(self, store: Store, count: int) -> None:
-        self._store = store
-        self._workers = [_Worker(store) for _ in range(count)]
+        context = _context()
+        self._workers = [_Worker(store, context) for _ in range(count)]
 
     def __enter__(self) -> Workers:
         return self
@@ -74,7 +75,7 @@ class Workers:
         return len(self._workers) - len(self.running)
 
     def start(self, run: Run) -> None:
-        """Give a run to a free process."""
+        """Train a run in a process of its own."""
         next(worker for worker in self._workers if worker.run is None).start(run)
 
     def news(self, seconds: float) -> Iterator[News]:
@@ -86,21 +87,22 @@ class Workers:
 
 
 class _Worker:
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    """Room for one process."""
+
+    def __init__(self, store: Store, context: BaseContext) -> None:
+        self._store, self._context = store, context
         self._process: BaseProcess | None = None
         self.connection: Connection
         self.run: Run | None = None
 
     def start(self, run: Run) -> None:
-        if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self.connection, there = context.Pipe()
-            self._process = context.Process(target=_serve, args=(there, self._store), daemon=True)
-            self._process.start()
-            there.close()  # so that the end of the process is the end of the pipe
         self.run = run
-        self.connection.send(run)
+        self.connection, there = self._context.Pipe(duplex=False)
+        # Not a daemon, which could have no processes that load data.
+        process = self._context.Process(target=_train, args=(there, self._store, run))  # pyright: ignore
+        process.start()
+        self._process = process
+        there.close()  # so that the end of the process is the end of the pipe
 
     def message(self) -> News:
         run = self.run
@@ -111,13 +113,14 @@ class _Worker:
             return self._died(run)
         if kind == "progress":
             return Progress(run, *values)
-        self.run = None
+        self._end()
         return Ended(run, *values)
 
     def _died(self, run: Run) -> Died:
         assert self._process is not None
         self._process.join()
-        code, self._process, self.run = self._process.exitcode or 0, None, None
+        code = self._process.exitcode or 0
+        self._end()
         log = self._store.log(run)
         said = log.read_text(errors="replace").strip()[-4000:] if log.exists() else ""
         if code < 0:
@@ -125,30 +128,43 @@ class _Worker:
         return Died(run, said.strip() or f"the process ended with exit code {code}")
 
     def stop(self) -> None:
-        if self._process is None:
-            return
-        self.connection.close()  # which an idle process takes for the end
-        if self.run is not None:
+        if self._process is not None:
             self._process.terminate()
+            self._end()
+
+    def _end(self) -> None:
+        """See to it that the process is gone."""
+        assert self._process is not None
         self._process.join(_STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._process = None
+        self.connection.close()
+        self._process, self.run = None, None
 
 
-def _serve(connection: Connection, store: Store) -> None:
-    """Train the runs that come through the connection until it closes; an error ends the process and is in its log."""
+def _context() -> BaseContext:
+    """How processes are made: on Linux forked off one that has imported the libraries, which alone takes seconds.
+
+    Where there is an accelerator, whose driver survives no fork, and on other systems each is spawned.
+    """
+    if sys.platform != "linux" or torch.accelerator.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranktune.compare.execution"])
+    return context
+
+
+def _train(connection: Connection, store: Store, run: Run) -> None:
+    """Train a run and say how it goes; an error ends the process and is in the run's log."""
     # Ctrl-C reaches every process of the terminal: the one that started this one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _errors_to(store, run)
     from ranktune.compare.execution import execute
 
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            run = connection.recv()
-            _errors_to(store, run)
-            trained = execute(run, store, lambda step, total: connection.send(("progress", step, total)))
-            connection.send(("ended", trained))
+    with contextlib.suppress(BrokenPipeError):  # whoever asked is gone
+        trained = execute(run, store, lambda step, total: connection.send(("progress", step, total)))
+        connection.send(("ended", trained))
 
 
 def _errors_to(store: Store, run: Run) -> None:
