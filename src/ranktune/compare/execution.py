@@ -35,7 +35,6 @@ def execute(run: Run, store: Store, report: Report) -> bool:
     with store.claim(run) as mine:
         if not mine:
             return False
-        store.refuse_others(run)
         tries = store.begin(run)
         if tries > ATTEMPTS:
             store.write(run, failed(run, f"the process was killed {ATTEMPTS} times while training this run", 0.0))

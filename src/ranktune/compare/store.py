@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,23 +60,20 @@ class Store:
             found[path.stem] = record
         return found
 
-    def refuse_others(self, run: Run) -> None:
-        """Check that a record under the run's name is this run's.
+    def refuse_others(self, run: Run, record: Mapping[str, Any]) -> None:
+        """Check that the record under the run's name is this run's.
 
         Raises:
             RecipeError: it was made with other settings; the first that differs is named.
         """
-        path = self.folder / f"{run.id}.json"
-        if not path.exists():
-            return
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("comparison", {}).get("fingerprint") == run.fingerprint:
+        if record["comparison"]["fingerprint"] == run.fingerprint:
             return
         now = {key: value for key, value in run.recipe.resolved().items() if key != "output"}
         then = {"method": now["method"], **settings(record)}
+        difference = _first_difference(then, now) or "unknown"
         raise RecipeError(
-            f"{path} was trained with other settings ({_first_difference(then, now) or 'unknown'}). Results of "
-            "different settings cannot be compared: choose another --out, or delete what is there."
+            f"{self.folder / run.id}.json was trained with other settings ({difference}). Results of different "
+            "settings cannot be compared: choose another --out, or delete what is there."
         )
 
     def write(self, run: Run, record: dict[str, Any]) -> None:

@@ -107,8 +107,8 @@ def what_was_done(summary: Summary) -> list[str]:
         "data, not how the methods would do on other data."
     )
     lines.append(
-        "Time is that of training without the scoring on the way. Time and memory are those of the machine below and of "
-        "whatever else ran on it; "
+        "Time is that of training, without the scoring on the way. Time and memory are those of the machine below and "
+        "of whatever else ran on it; "
         + (
             "memory is what the allocator of the GPU had reserved."
             if summary.memory_kind == "cuda"
