@@ -93,6 +93,9 @@ def test_unknown_methods_and_fields_are_refused_before_anything_is_written(recip
         grid_of(recipe, tmp_path / "out", "lora", "train.early_stopping_patience=2")
     with pytest.raises(RecipeError, match="validation_fraction"):
         grid_of(recipe, tmp_path / "out", "lora", "data.validation_fraction=0.5")
+    for method in ("name: increlora, target_params: 900", "name: dora, rank_pattern: {query: 4}"):
+        with pytest.raises(RecipeError, match=r"method\.(target_params|rank_pattern)' gives .* Set r instead"):
+            grid_of(recipe, tmp_path / "out", "lora,dora", f"method={{{method}}}")
     assert not (tmp_path / "out").exists()
 
 
@@ -146,6 +149,18 @@ def test_ranks_set_by_hand_are_left_alone_and_the_scale_follows_rslora(recipe: P
     assert (by_hand.budget, by_hand.planned) == (None, COMPONENTS)
     assert "by hand" in by_hand.note
     assert dora.method["lora_alpha"] / 3**0.5 == pytest.approx(8 / 4**0.5)
+
+
+def test_a_nested_adapter_keeps_the_ranks_it_was_asked_for(recipe: Path, tmp_path: Path) -> None:
+    methods = "dylora[ranks=[1,2,4]],dylora[block_size=2],dylora[min_r=3],dylora[ranks=[1,2,4],use_dora=true]"
+    grid = grid_of(recipe, tmp_path, methods, "method.r=4", "method.lora_alpha=8")
+    *plain, decomposed = (share for _, share in grid.shares)
+    assert [share.method["ranks"] for share in plain] == [[1, 2, 4], None, None]
+    for share in plain:
+        assert share.method["r"] == 4
+        assert share.planned == share.budget == 4 * COMPONENTS
+    assert (decomposed.method["r"], decomposed.method["ranks"]) == (3, [1, 2, 3])
+    assert decomposed.planned == 3 * COMPONENTS + ROWS
 
 
 def test_a_budget_below_the_smallest_rank_is_missed_openly(recipe: Path, tmp_path: Path) -> None:
@@ -235,13 +250,28 @@ def test_results_of_other_settings_are_refused_by_name(run: Run, recipe: Path, t
     store = Store(run_folder(run))
     store.start()
     store.write(run, record_of(run, 0.5))
-    store.refuse_others(run)
+    store.refuse_others(run, store.records()[run.id])
     other = grid_of(recipe, tmp_path, "lora", "train.batch_size=8", search=False).wanted({})[0]
     assert other.id == run.id
     with pytest.raises(RecipeError, match=r"train\.batch_size: 16 then, 8 now.*another --out"):
-        store.refuse_others(other)
+        store.refuse_others(other, store.records()[run.id])
     moved = replace(run, recipe=run.recipe.model_copy(update={"output": "elsewhere"}))
     assert moved.fingerprint == run.fingerprint
+
+
+def test_results_of_other_settings_that_come_while_it_works_are_not_taken_for_its_own(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Two processes, started in one empty folder: neither finds a record that would warn it."""
+    ours, theirs = (grid_of(recipe, tmp_path, "lora", f"train.batch_size={size}", search=False) for size in (16, 8))
+
+    def meanwhile(_: Run) -> float:
+        other = theirs.wanted({})[1]
+        Store(theirs.runs).write(other, record_of(other, 0.9))
+        return 0.5
+
+    with pytest.raises(RecipeError, match=r"train\.batch_size: 8 then, 16 now"):
+        worked(ours, meanwhile)
 
 
 def run_folder(run: Run) -> Path:

@@ -35,9 +35,7 @@ class Share:
 
 def reference_budget(method: dict[str, Any], planner: Planner, file: str) -> int:
     """Adapter parameters of plain LoRA at the recipe's rank on the recipe's modules."""
-    section = Variant("lora", "lora", {}).section(method, file)
-    # The recipe's own patterns would make it another method's.
-    return planner(complete_method({"r": method.get("r", 8), **section}, file)).adapter
+    return planner(complete_method(Variant("lora", "lora", {}).section(method, file), file)).adapter
 
 
 def fit(variant: Variant, method: dict[str, Any], budget: int, planner: Planner, file: str) -> Share:
@@ -87,6 +85,8 @@ def _adalora(section: dict[str, Any], budget: int, planner: Planner, file: str) 
 
 def _by_rank(section: dict[str, Any], budget: int, planner: Planner, file: str, may_differ: bool) -> Share:
     """The largest rank that fits, and one more on some modules for what is left; the scale stays the recipe's."""
+    if planner(section).adapter == budget:
+        return Share(section, budget, budget, f"r={section['r']}{_experts(section)}")
     one, two = (planner(_at_rank(section, rank, {}, file)) for rank in (1, 2))
     slope = two.adapter - one.adapter
     rank = max(1, (budget - one.adapter) // slope + 1)
@@ -96,8 +96,11 @@ def _by_rank(section: dict[str, Any], budget: int, planner: Planner, file: str, 
     complete = _at_rank(section, rank, dict.fromkeys(wider, rank + 1), file)
     planned = planner(complete).adapter
     extra = f" on {len(costs) - len(wider)} modules and {rank + 1} on {len(wider)}" if wider else ""
-    experts = f", num_experts={complete['num_experts']}" if "num_experts" in complete else ""
-    return Share(complete, budget, planned, f"r={rank}{extra}{experts}")
+    return Share(complete, budget, planned, f"r={rank}{extra}{_experts(complete)}")
+
+
+def _experts(section: dict[str, Any]) -> str:
+    return f", num_experts={section['num_experts']}" if "num_experts" in section else ""
 
 
 def _with_fewer_experts(section: dict[str, Any], budget: int, planner: Planner, file: str) -> dict[str, Any]:
@@ -122,8 +125,10 @@ def _at_rank(section: dict[str, Any], rank: int, wider: dict[str, int], file: st
         ratio = to / section["r"]
         return section["lora_alpha"] * (math.sqrt(ratio) if root else ratio)
 
+    # DyLoRA's list of ranks ends with the highest.
+    nested = {"ranks": [*(b for b in section["ranks"] if b < rank), rank]} if section.get("ranks") else {}
     patterns = {"rank_pattern": wider, "alpha_pattern": {name: alpha(to) for name, to in wider.items()}}
-    changed = {**section, "r": rank, "lora_alpha": alpha(rank), **(patterns if wider else {})}
+    changed = {**section, "r": rank, "lora_alpha": alpha(rank), **nested, **(patterns if wider else {})}
     return complete_method(changed, file)
 
 

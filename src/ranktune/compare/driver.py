@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ from ranktune.run.targets import Plan, check_targets
 # How long to wait before a run that another process has is looked at again.
 _ELSEWHERE_SECONDS = 5.0
 _TICK_SECONDS = 1.0
+
+# Fields by which a method has another size, or another scale in some modules, than r and lora_alpha say.
+_OWN_BUDGETS = ("target_params", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,13 @@ def lay_out(recipe: Recipe, file: Path, options: Options) -> Grid:
         )
     if recipe.data.validation_fraction is not None:
         raise RecipeError(f"{file}: data.validation_fraction is the comparison's own (--validation); remove it.")
+    for field in _OWN_BUDGETS:
+        if recipe.method.get(field):
+            raise RecipeError(
+                f"{file}: 'method.{field}' gives its method a size of its own, and a comparison gives all methods as "
+                f"many parameters as lora has at the recipe's r. Set r instead, or give it to one method: --methods "
+                f'"{recipe.method["name"]}[{field}=...]".'
+            )
     with libraries_quiet():
         held_out = {"validation_fraction": options.validation if options.search else None}
         prepared = prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update=held_out)}), file)
@@ -141,17 +151,29 @@ def records_of(grid: Grid, store: Store) -> dict[str, dict[str, Any]]:
         RecipeError: one was not, or is none.
     """
     records = store.records()
-    for run in grid.wanted(records):
-        store.refuse_others(run)
+    _refuse_others(store, grid.wanted(records), records, known=())
     return records
+
+
+def _refuse_others(
+    store: Store, wanted: Sequence[Run], records: Mapping[str, Mapping[str, Any]], known: Collection[str]
+) -> None:
+    """Check the records of the wanted runs that are not known yet."""
+    for run in wanted:
+        if run.id in records and run.id not in known:
+            store.refuse_others(run, records[run.id])
 
 
 def _work(grid: Grid, store: Store, pool: Pool, watcher: Watcher) -> None:
     elsewhere: dict[str, float] = {}
     fractions: dict[str, float] = {}
+    known: set[str] = set()
     while True:
         records = store.records()
         wanted = grid.wanted(records)
+        # Another process may have been started here with other settings, when neither had a record yet.
+        _refuse_others(store, wanted, records, known)
+        known = set(records)
         missing = [run for run in wanted if run.id not in records]
         if not missing:
             return
