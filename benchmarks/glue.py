@@ -39,7 +39,10 @@ def run(piece: Piece, options: Options, precision: Precision, jobs: int, report_
     recipe = piece.recipe(os.environ["RANKTUNE_DATA"], str(options.out), precision)
     file = Path(f"{piece.name}.yaml")  # for messages only: the recipe has no file
     summary, _ = compare_recipe(recipe, file, options, console, jobs=jobs, report_only=report_only)
-    return Result(piece.name, Machine().describe(), summary, note, precision)
+    # The runs themselves know what they ran on, also where they are only reported.
+    accelerator = summary.machine.get("accelerator", "none")
+    environment = Machine().describe() | {"device_name": None if accelerator == "none" else accelerator}
+    return Result(piece.name, environment, summary, note, precision)
 
 
 def show() -> None:

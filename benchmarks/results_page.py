@@ -46,7 +46,8 @@ in `glue/`, dictionaries in `g2p/`, `tinyshakespeare/`, and small pretrained mod
 
 Methods are compared at equal final adapter parameters, each at its own best learning rate, chosen on a part of the
 training data. Intervals are 95 % t-intervals over seeds; tests are paired by seed and corrected for the number of
-methods. With so few seeds most differences of this size are not shown to be there, nor shown to be absent."""
+methods. With so few seeds most differences of this size are not shown to be there, nor shown to be absent. "(edge)"
+beside a learning rate says that it is the last one tried on its side: a better one may lie beyond."""
 
 PARTS = {
     "main": "## GLUE, all training data",
@@ -77,7 +78,8 @@ def _claims(results: Sequence[Result], folder: Path) -> Iterator[str]:
     yield "## What the papers say, and what we see"
     yield (
         "By how much the method is better than the other, in the metric of each comparison on this page; a minus says "
-        "that it is worse. How sure that is stands with the comparisons below."
+        "that it is worse. A direction is that of the mean over seeds, however small; it is clear where the interval "
+        "over seeds leaves out zero, uncorrected for the number of comparisons."
     )
     measured = [of_glue(result) for result in results]
     measured += [of_sequence(name, found) for name, found in _read_all(folder / "sequence").items()]
@@ -128,6 +130,10 @@ def _sequence(name: str, found: Record) -> Iterator[str]:
     )
     yield _command(found["environment"])
     yield markdown_table((SEQUENCE_HEAD, [Row(**row).cells() for row in found["rows"]]))
+    yield (
+        "A method's largest rank is the highest with at most lora's parameters and one percent; its learning rate is "
+        "the best there, and used at the lower ranks too."
+    )
 
 
 def _rank_search(name: str, found: Record) -> Iterator[str]:
@@ -140,12 +146,17 @@ def _rank_search(name: str, found: Record) -> Iterator[str]:
     yield _command(found["environment"])
     rows = [[b, *(spread(found["scores"][arm][b]) for arm in arms)] for b in found["scores"][arms[0]]]
     yield markdown_table((["rank", *arms], rows))
+    rates = ", ".join(f"{arm} {rate:g}" for arm, rate in found["learning_rates"].items())
+    yield f"Learning rates: {rates}; lora's is the best at the middle rank, used at all of them."
     cost = {arm: statistics.mean(seconds) for arm, seconds in found["cpu_seconds"].items()}
-    yield "Processor time of a search: " + ", ".join(
-        f"{arm} {seconds:,.0f} s ({cost['lora'] / seconds:.1f} times less than LoRA's runs)"
-        if arm != "lora"
-        else f"lora, one run a rank, {seconds:,.0f} s"
-        for arm, seconds in cost.items()
+    yield (
+        "Processor time of the runs, without the search for learning rates and without scoring DyLoRA's cuts: "
+        + ", ".join(
+            f"{arm} {seconds:,.0f} s ({cost['lora'] / seconds:.1f} times less than LoRA's runs)"
+            if arm != "lora"
+            else f"lora, one run a rank, {seconds:,.0f} s"
+            for arm, seconds in cost.items()
+        )
     )
 
 
@@ -154,6 +165,7 @@ def _step_cost(name: str, found: Record) -> Iterator[str]:
     rows = [
         [
             row["variant"],
+            f"{row['batch']} x {row['tokens']}",
             str(row["r"]),
             f"{row['step_to_frozen']['median']:.3f}",
             f"{row['step_to_reference']['median']:.3f}",
@@ -163,14 +175,17 @@ def _step_cost(name: str, found: Record) -> Iterator[str]:
     ]
     yield f"### {name}"
     yield (
-        f"An encoder of {settings['layers']} layers, {settings['width']} wide, every linear layer adapted, "
+        f"An encoder of {settings['layers']} layer{'s' * (settings['layers'] > 1)}, {settings['width']} wide, every "
+        "linear layer adapted, "
         f"{settings['precision']}, {settings['clock']} time, medians of {settings['rounds']} interleaved rounds. "
         f"{_where(found['environment'])}"
     )
     yield _command(found["environment"])
-    yield markdown_table((["variant", "r", "to the frozen model", "to PEFT LoRA", "quartiles"], rows))
+    yield markdown_table(
+        (["variant", "sequences x tokens", "r", "to the frozen model", "to PEFT LoRA", "quartiles"], rows)
+    )
     if found["bytes"]:
-        yield "Bytes that a Llama block keeps for backward, exact:"
+        yield f"Bytes that a Llama block, {found['bytes'][0]['width']:,} wide, keeps for backward, exact:"
         yield markdown_table(_kept_for_backward(found["bytes"]))
 
 

@@ -127,12 +127,44 @@ def test_what_is_kept_comes_back_and_names_no_folder(tmp_path: Path) -> None:
     assert "/somewhere" not in path.read_text()
 
 
-@pytest.mark.parametrize(("greater", "expected"), [(True, ["1", "1", "0"]), (False, ["1", "0", "1"])])
+@pytest.mark.parametrize(
+    ("greater", "expected"), [(True, ["1", "1 (0 clear)", "0"]), (False, ["1", "0", "1 (0 clear)"])]
+)
 def test_a_direction_is_that_of_the_mean_over_common_seeds(greater: bool, expected: list[str]) -> None:
     scores = {"lora": {0: 0.5, 1: 0.6, 2: 9.0}, "dora": {0: 0.9, 1: 0.4}}
     cells = checked(Claim("p", "s", "dora", "lora"), [of_glue(result_of("stsb-r8", scores, greater=greater))])
     assert cells[2:5] == expected
-    assert cells[5] == f"stsb-r8 {0.1 if greater else -0.1:+.4f}"
+    # 0.4 and -0.2: 12.706 times their standard error of 0.3 on either side.
+    low, high = (-3.7119, 3.9119) if greater else (-3.9119, 3.7119)
+    assert cells[5] == f"stsb-r8 {0.1 if greater else -0.1:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def measured(name: str, *differences: float) -> claims.Measured:
+    """Of dylora to lora, seed by seed."""
+    scores = {"lora": dict.fromkeys(range(len(differences)), 0.5)}
+    return claims.Measured(name, {**scores, "dylora": {s: 0.5 + d for s, d in enumerate(differences)}}, True)
+
+
+def test_a_direction_is_clear_where_the_interval_leaves_out_zero_and_no_loss_is_met_unless_it_is() -> None:
+    comparisons = [
+        measured("gain", 0.2, 0.21, 0.19),
+        measured("perhaps", 0.2, 0.01, -0.1),
+        measured("hardly", -0.2, -0.01, 0.1),
+        measured("loss", -0.2, -0.21, -0.19),
+        measured("alone", -0.2),
+        measured("equal", 0.0, 0.0, 0.0),
+    ]
+    assert checked(Claim("p", "s", "dylora", "lora"), comparisons)[2:5] == ["6", "2 (1 clear)", "3 (1 clear)"]
+    none = Claim("p", "s", "dylora", "lora", no_loss=True)
+    assert checked(none, comparisons)[2:5] == ["6", "4 (1 clear)", "2 (1 clear)"]
+    assert [checked(none, [one])[3] for one in comparisons] == [
+        "1 (1 clear)",
+        *["1 (0 clear)"] * 2,
+        "0",
+        "0",
+        "1 (0 clear)",
+    ]
+    assert checked(none, comparisons[4:5])[5] == "alone -0.2000"
 
 
 def test_a_claim_about_little_data_looks_only_there() -> None:
@@ -145,9 +177,9 @@ def test_a_claim_about_little_data_looks_only_there() -> None:
             result_of("rte-r8-1000", {"lora": {0: 0.5}}),
         )
     ]
-    assert checked(Claim("p", "s", "increlora", "lora"), results)[2:5] == ["2", "1", "1"]
+    assert checked(Claim("p", "s", "increlora", "lora"), results)[2:5] == ["2", "1 (0 clear)", "1 (0 clear)"]
     assert checked(Claim("p", "s", "increlora", "lora", few_examples=True), results)[2:] == [
-        "1", "1", "0", "stsb-r8-500 +0.2000",
+        "1", "1 (0 clear)", "0", "stsb-r8-500 +0.2000",
     ]  # fmt: skip
     assert checked(Claim("p", "s", "mor", "lora"), results)[2:] == ["0", "0", "0", "not measured yet"]
 
@@ -162,7 +194,7 @@ def test_a_table_of_sequences_counts_too_at_its_largest_rank(metric: str, sign: 
     ]
     measured = of_sequence("g2p", {"metric": metric, "seeds": [0, 1], "rows": rows})
     cells = checked(Claim("p", "s", "dylora", "lora"), [measured])
-    assert cells[5] == f"g2p {sign * 0.6:+.4f}"
+    assert cells[5].startswith(f"g2p {sign * 0.6:+.4f} (")
     assert checked(Claim("p", "s", "dylora", "lora", few_examples=True), [measured])[2] == "0"
 
 
@@ -185,13 +217,15 @@ def test_figures_on_the_page_follow_the_files(tmp_path: Path) -> None:
     search = {
         **common,
         "seeds": [0],
+        "learning_rates": {"lora": 0.003, "dylora-frozen": 0.001},
         "scores": {"lora": {"1": [2.0]}, "dylora-frozen": {"1": [2.25]}},
         "cpu_seconds": {"lora": [300.0], "dylora-frozen": [60.0]},
     }
     (tmp_path / "rank_search" / "shakespeare.json").write_text(json.dumps(search))
     page = results_page.page(tmp_path)
     for words in (
-        "| DoRA (Liu 2024) | above LoRA at about the same parameters | 1 | 1 | 0 | stsb-r8 +0.4938 |",
+        "| DoRA (Liu 2024) | above LoRA at about the same parameters | 1 | 1 (0 clear) | 0 | stsb-r8 +0.4938 (",
+        "Learning rates: lora 0.003, dylora-frozen 0.001; lora's is the best at the middle rank",
         "0.5123, 0.2000",
         "`RANKTUNE_DATA=data python benchmarks/glue.py stsb-r8`",
         "| mor | 3 | 1,234 | 0.003 | 2.0000 ± 0.7071 | 1.5000, 2.5000 |",
@@ -245,6 +279,18 @@ def test_a_piece_is_run_as_its_recipe_says(monkeypatch, tmp_path: Path) -> None:
     assert (asked["jobs"], asked["options"].out) == (3, tmp_path / "runs" / "rte-r8-500")
     (result,) = kept(tmp_path)
     assert (result.piece, result.note, result.precision) == ("rte-r8-500", "why", "bf16")
+
+
+@pytest.mark.parametrize(("accelerator", "name"), [("none", None), ("some GPU", "some GPU")])
+def test_a_piece_names_the_gpu_that_its_runs_were_on(monkeypatch, accelerator: str, name: str | None) -> None:
+    """Also where another machine only reports them."""
+    summary = replace(summary_of({"lora": {0: 0.5}}), machine={"accelerator": accelerator})
+    monkeypatch.setattr(glue, "compare_recipe", lambda *_, **__: (summary, []))
+    monkeypatch.setenv("RANKTUNE_DATA", "data")
+    options = glue.Options(methods=[], seeds=1, out=Path("out"))
+    result = glue.run(PIECES["rte-r8"], options, "fp16", 1, True, "")
+    assert result.environment["device_name"] == name
+    assert (name or f"{result.environment['processor']}, ") in results_page._where(result.environment)
 
 
 def test_the_command_on_record_leaves_out_where_files_went(monkeypatch) -> None:

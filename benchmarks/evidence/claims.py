@@ -1,4 +1,4 @@
-"""What the papers say of their methods, and whether the results on file point the same way."""
+"""What the papers say of their methods, and whether the results on file point the same way, and how clearly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ranktune.compare.statistics import Interval, t_interval
 from ranktune.tasks.vocabulary import TASKS
 
 from .pieces import PIECES
@@ -14,26 +15,39 @@ from .results import Result
 
 @dataclass(frozen=True)
 class Claim:
-    """That `better` scores higher than `worse`, with the source and its words' sense."""
+    """That `better` scores higher than `worse`, with the source and its words' sense.
+
+    Attributes:
+        few_examples: only where few are trained on.
+        no_loss: only that it is not clearly below.
+    """
 
     paper: str
     says: str
     better: str
     worse: str
     few_examples: bool = False
+    no_loss: bool = False
 
 
 CLAIMS = (
     Claim("Dynamic DoRA (Mao 2024)", "above LoRA on GLUE at the same parameters", "dynamic-dora", "lora"),
     Claim("IncreLoRA (Zhang 2023)", "above LoRA at the same parameters", "increlora", "lora"),
-    Claim("IncreLoRA (Zhang 2023)", "most so with little data", "increlora", "lora", few_examples=True),
+    Claim("IncreLoRA (Zhang 2023)", "above LoRA with few training examples", "increlora", "lora", few_examples=True),
     Claim("IncreLoRA (Zhang 2023)", "above AdaLoRA", "increlora", "peft-adalora"),
     Claim("DoRA (Liu 2024)", "above LoRA at about the same parameters", "dora", "lora"),
-    Claim("DyLoRA (Valipour 2022)", "no clear loss against LoRA at its largest rank", "dylora", "lora"),
+    Claim("DyLoRA (Valipour 2022)", "not clearly below LoRA at its largest rank", "dylora", "lora", no_loss=True),
     Claim("MoR (Tang 2024)", "above LoRA", "mor", "lora"),
     Claim("MoR (Tang 2024)", "above DoRA", "mor", "dora"),
 )
-HEAD = ["paper", "says that it is", "comparisons", "same direction", "opposite", "mean difference in each"]
+HEAD = [
+    "paper",
+    "says that it is",
+    "comparisons",
+    "same direction",
+    "opposite",
+    "mean difference in each, 95 % interval",
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,8 @@ def of_sequence(name: str, found: Mapping[str, Any]) -> Measured:
 def checked(claim: Claim, measured: Sequence[Measured]) -> list[str]:
     """The claim beside what every comparison found that has both methods: cells of `HEAD`.
 
-    A direction counts as one only by the sign of the mean over seeds; how sure it is stands in the piece's own tables.
+    A direction is that of the mean over seeds, and clear where the 95 % interval leaves out zero. A claim of no clear
+    loss is met unless there is one, or a loss with a single seed, which has no interval.
     """
     found = []
     for comparison in measured:
@@ -72,19 +87,38 @@ def checked(claim: Claim, measured: Sequence[Measured]) -> list[str]:
         difference = _difference(claim, comparison)
         if difference is not None:
             found.append((comparison.name, difference))
-    same, opposite = sum(d > 0 for _, d in found), sum(d < 0 for _, d in found)
-    words = ", ".join(f"{name} {difference:+.4f}" for name, difference in found)
-    return [claim.paper, claim.says, str(len(found)), str(same), str(opposite), words or "not measured yet"]
+    same = [d for _, d in found if _agrees(claim, d)]
+    opposite = [d for _, d in found if d.mean < 0 and not _agrees(claim, d)]
+    words = ", ".join(f"{name} {_words(difference)}" for name, difference in found)
+    return [claim.paper, claim.says, str(len(found)), _count(same), _count(opposite), words or "not measured yet"]
 
 
-def _difference(claim: Claim, comparison: Measured) -> float | None:
+def _difference(claim: Claim, comparison: Measured) -> Interval | None:
     """By how much the claim's better method is better, on the seeds of both."""
     better, worse = (comparison.scores.get(method, {}) for method in (claim.better, claim.worse))
-    seeds = sorted(better.keys() & worse.keys())
-    if not seeds:
-        return None
-    mean = sum(better[seed] - worse[seed] for seed in seeds) / len(seeds)
-    return mean if comparison.greater_is_better else -mean
+    sign = 1.0 if comparison.greater_is_better else -1.0
+    differences = [sign * (better[seed] - worse[seed]) for seed in sorted(better.keys() & worse.keys())]
+    return t_interval(differences) if differences else None
+
+
+def _agrees(claim: Claim, difference: Interval) -> bool:
+    if claim.no_loss and difference.high is not None:
+        return difference.high >= 0
+    return difference.mean > 0
+
+
+def _is_clear(difference: Interval) -> bool:
+    return difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
+
+
+def _count(differences: Sequence[Interval]) -> str:
+    clear = sum(map(_is_clear, differences))
+    return f"{len(differences)} ({clear} clear)" if differences else "0"
+
+
+def _words(difference: Interval) -> str:
+    bounds = "" if difference.low is None else f" ({difference.low:+.4f} to {difference.high:+.4f})"
+    return f"{difference.mean:+.4f}{bounds}"
 
 
 def _is_low_resource(result: Result) -> bool:
