@@ -71,7 +71,8 @@ class Cuts:
     def scores(self, update: str, rate: float, seed: int, ranks: list[int]) -> dict[str, Any]:
         """For each budget and way: the parameters, the ranks, and the score on the test examples."""
         output = self.run(update, rate, seed)
-        file = output / "cuts.json"
+        asked = "-".join(map(str, ranks))
+        file = output / f"cuts-at-{asked}-by-{self.evaluations}-losses-of-{self.examples}.json"
         if not file.exists():
             chosen = self._chosen(output, ranks)
             found: dict[str, Any] = {}

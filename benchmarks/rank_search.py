@@ -13,7 +13,8 @@ nothing to gain. Measured here, on the task of one of `examples/`, for every ran
 
 All have the same steps, data and lora_alpha. Learning rates come from the study of `sequence_tasks.py`, chosen per
 arm on validation examples that are split off the training ones; for all LoRA runs at the middle rank of the list.
-Scores are of examples that chose nothing. Runs are kept in `--out` and not repeated. The figures are
+Scores are of examples that chose nothing. The cost is the runs' processor time, with their scoring before and after;
+scoring DyLoRA at each rank comes on top. Runs are kept in `--out` and not repeated. The figures are
 `OUT/TASK/rank_search.json`; copied to `results/rank_search/TASK.json` they are part of `docs/results.md`.
 """
 
@@ -107,7 +108,7 @@ class Search:
     def scores(self, arm: Arm, case: Case) -> dict[str, dict[int, float]]:
         """Arm name to the score at each rank, of all that one run of a nested arm or of the largest LoRA gives."""
         output, metrics = self.run(arm, case)
-        file = output / "ranks-scored.json"
+        file = output / f"scored-at-{'-'.join(map(str, self.ranks))}.json"
         if not file.exists():
             if arm in NESTED:
                 curve = rank_curve(output, SilentDisplay(), ",".join(map(str, self.ranks)))

@@ -7,9 +7,9 @@ Every run is what `ranktune train` does with the example's recipe, made shorter.
 `--rank`; every other method gets the largest rank with at most as many parameters (and one percent). A method's
 learning rate is the best on a validation part split off the training examples, with the first seed, of a grid that goes
 on in either direction while that helps; then every seed is scored on the recipe's evaluation examples, which nothing
-was chosen on. DyLoRA is trained once and scored
-at every rank. Each run leaves one JSON file in `--out`; the runs that are there are not repeated, so a study can be
-stopped and taken up again. The table is `OUT/TASK/table.json`; copied to `results/sequence/TASK.json` it is part of
+was chosen on. DyLoRA is trained once and scored at every rank; LoRA's lower ranks (`--lora-ranks`) are trained at the
+rate of its highest. Each run leaves one JSON file in `--out`; the runs that are there are not repeated, so a study can
+be stopped and taken up again. The table is `OUT/TASK/table.json`; copied to `results/sequence/TASK.json` it is part of
 `docs/results.md`.
 """
 
@@ -22,15 +22,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from datasets import Dataset
 
 from ranktune.rank_curve import rank_curve
 from ranktune.recipe import Recipe, load_recipe
-from ranktune.run.atomic import write_json
+from ranktune.run.atomic import write_folder, write_json
 from ranktune.run.display import SilentDisplay
 from ranktune.tasks import load_data
 from ranktune.tasks.quiet import quiet_datasets
@@ -111,9 +112,8 @@ class Study:
         with quiet_datasets():
             for split, folder in folders.items():
                 shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                scored[split].to_json(folder / "evaluation.jsonl", force_ascii=False)
-                examples.to_json(folder / "train.jsonl", force_ascii=False)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                write_folder(folder, partial(_write_splits, examples, scored[split]))
         return folders
 
     def recipe(self, case: Case, *more: str) -> Recipe:
@@ -167,6 +167,11 @@ class Study:
         )
 
 
+def _write_splits(train: Dataset, evaluation: Dataset, folder: Path) -> None:
+    train.to_json(folder / "train.jsonl", force_ascii=False)
+    evaluation.to_json(folder / "evaluation.jsonl", force_ascii=False)
+
+
 def best_rate(trained: Callable[[float], dict[str, Any]], grid: Sequence[float]) -> float:
     """The learning rate whose run scores best, of a grid that goes on at an end while the best is there.
 
@@ -180,8 +185,8 @@ def best_rate(trained: Callable[[float], dict[str, Any]], grid: Sequence[float])
         for rate in rates:
             metrics = trained(rate)
             # A run whose score is not finite has null there.
-            score = math.inf if metrics["after"] is None else metrics["after"]
-            losses[rate] = -score if metrics["metric"] == "exact_match" and metrics["after"] is not None else score
+            sign = -1.0 if metrics["greater_is_better"] else 1.0
+            losses[rate] = math.inf if metrics["after"] is None else sign * metrics["after"]
         best = min(losses, key=losses.__getitem__)
         beyond = {min(losses): best / 3, max(losses): best * 3}
         rates = [float(f"{beyond[best]:.1g}")] if best in beyond and len(losses) < _MOST_RATES else []

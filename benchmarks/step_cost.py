@@ -15,7 +15,6 @@ How bytes are counted: see `stepcost/saved_bytes.py`.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -28,6 +27,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from ranktune.run.atomic import write_json
 from stepcost import options
 from stepcost.cases import BytesRow, TimeRow, bytes_case, time_case
 from stepcost.chart import draw
@@ -118,7 +118,7 @@ def write(folder: Path, record: dict[str, Any], times: Sequence[TimeRow], counts
     """Write the figures and their chart."""
     folder.mkdir(parents=True, exist_ok=True)
     record |= {"time": [asdict(row) for row in times], "bytes": [asdict(row) for row in counts]}
-    (folder / "step_cost.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / "step_cost.json", record)
     draw(times, counts, folder / "step_cost.png")
     console.print(f"written: {folder / 'step_cost.json'}, {folder / 'step_cost.png'}")
 

@@ -30,7 +30,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 def put(study: Study, case: Case, scores: dict[int, float | None], metric: str = "exact_match") -> None:
     points = [{"rank": rank, "parameters": 100 * rank, "score": score} for rank, score in scores.items()]
-    result = {"metric": metric, "after": scores[case.rank], "points": points}
+    greater = metric == "exact_match"
+    result = {"metric": metric, "greater_is_better": greater, "after": scores[case.rank], "points": points}
     (study.out / f"{case.name}.json").write_text(json.dumps(result))
 
 
@@ -56,7 +57,7 @@ def test_the_grid_goes_on_where_its_best_is_at_an_end(losses, tried, best) -> No
 
     def trained(rate: float) -> dict[str, Any]:
         seen.append(rate)
-        return {"metric": "nats_per_character", "after": losses[rate]}
+        return {"greater_is_better": False, "after": losses[rate]}
 
     assert best_rate(trained, (0.003, 0.01)) == best
     assert seen == tried
@@ -64,7 +65,7 @@ def test_the_grid_goes_on_where_its_best_is_at_an_end(losses, tried, best) -> No
 
 def test_a_grid_without_end_is_given_up() -> None:
     seen = []
-    assert best_rate(lambda rate: seen.append(rate) or {"metric": "exact_match", "after": rate}, (1.0, 3.0)) == max(
+    assert best_rate(lambda rate: seen.append(rate) or {"greater_is_better": True, "after": rate}, (1.0, 3.0)) == max(
         seen
     )
     assert len(seen) == 6
@@ -88,6 +89,26 @@ def test_a_nested_adapter_has_a_row_for_every_rank(study: Study) -> None:
 @pytest.mark.parametrize(("rank", "expected"), [(1, [1]), (2, [1, 2]), (16, [1, 2, 4, 8, 16]), (11, [1, 2, 4, 8, 11])])
 def test_ranks_are_powers_of_two_and_the_last_is_the_budget(rank: int, expected: list[int]) -> None:
     assert _powers_of_two(rank) == expected
+
+
+def test_splits_that_were_half_written_are_written_again(real_data, monkeypatch, tmp_path) -> None:
+    """A study that is stopped while it writes its examples must not be taken up with some of them."""
+    monkeypatch.setenv("RANKTUNE_DATA", str(real_data))
+    monkeypatch.setitem(SETTINGS, "shakespeare", sequence_tasks.Setting(40, 10, (), (1e-3,)))
+    write, done = sequence_tasks._write_splits, []
+
+    def stopped(train: Any, evaluation: Any, folder: Path) -> None:
+        if done:
+            (folder / "train.jsonl").write_text("")
+            raise KeyboardInterrupt
+        done.append(write(train, evaluation, folder))
+
+    monkeypatch.setattr(sequence_tasks, "_write_splits", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _ = Study("shakespeare", tmp_path).data
+    monkeypatch.setattr(sequence_tasks, "_write_splits", write)
+    folders = Study("shakespeare", tmp_path).data
+    assert {len((folder / "train.jsonl").read_text().splitlines()) for folder in folders.values()} == {40}
 
 
 def test_equal_parameters_and_examples_that_nothing_was_chosen_on(real_data, monkeypatch, tmp_path) -> None:
