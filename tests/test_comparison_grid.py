@@ -437,6 +437,38 @@ def test_the_whole_grid_is_trained_once_and_failures_do_not_stop_it(recipe: Path
     assert worked(more, scores)[0] == ["lora-final-lr0.02-seed2", "dora-final-lr0.02-seed2"]
 
 
+def test_a_process_that_died_after_its_record_was_written_did_not_fail(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora", seeds=1, search=False)
+    store = Store(grid.runs)
+
+    def scores(run: Run) -> str:
+        store.write(run, record_of(run, 0.5))
+        return "the process was killed by signal -9"
+
+    _, lines = worked(grid, scores)
+    (record,) = store.records().values()
+    assert record["train_info"]["status"] == "success"
+    assert lines.said[-1].startswith("[1/1] lora lr 0.02 seed 0: accuracy 0.5000")
+
+
+def test_a_run_that_another_process_took_over_from_one_that_died_is_not_failed(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora", seeds=1, search=False)
+    claims = []
+
+    def scores(run: Run) -> float | str:
+        if not claims:
+            claims.append(Store(grid.runs).claim(run))
+            assert claims[0].__enter__()
+            return "the process was killed by signal -9"
+        claims[0].__exit__(None, None, None)
+        return 0.5
+
+    started, lines = worked(grid, scores)
+    assert len(started) == 2
+    assert not any("failed" in line for line in lines.said)
+    assert [record["train_info"]["status"] for record in Store(grid.runs).records().values()] == ["success"]
+
+
 def test_the_bar_shows_the_name_of_a_variant_whole() -> None:
     shown = io.StringIO()
     with watching(Console(file=shown, force_terminal=True, width=120)) as watcher:

@@ -143,6 +143,7 @@ def test_records_have_the_fields_of_pefts_method_comparison(recipe: Path, tmp_pa
     directory = RunDirectory(tmp_path / "runs" / "peft-adalora-final-lr0.0632-seed0")
     metrics = directory.read_metrics()
     assert [entry["step"] for entry in info["metrics"]] == [5, 10, 12]
+    assert all("test accuracy" in entry for entry in info["metrics"])  # scores of the evaluation data, on the way too
     last = info["metrics"][-1]
     assert last["test accuracy"] == metrics["after"] == record["comparison"]["score"]
     # 12 steps of 16 examples; the tokens without padding are between the shortest and the longest text's.

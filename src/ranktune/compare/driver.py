@@ -191,7 +191,9 @@ def _work(grid: Grid, store: Store, pool: Pool, watcher: Watcher) -> None:
                 elsewhere[news.run.id] = time.monotonic() + _ELSEWHERE_SECONDS
                 continue
             if isinstance(news, Died):
-                store.write(news.run, failed(news.run, news.reason, 0.0))
+                with store.claim(news.run) as mine:
+                    if mine:  # it has no record, and no other process trains it again already
+                        store.write(news.run, failed(news.run, news.reason, 0.0))
             _announce(news.run, grid, store, pool, watcher)
 
 
@@ -217,6 +219,8 @@ def _show(
 
 def _announce(run: Run, grid: Grid, store: Store, pool: Pool, watcher: Watcher) -> None:
     records = store.records()
+    if run.id not in records:
+        return
     wanted = grid.wanted(records)
     done = sum(other.id in records for other in wanted)
     left = seconds_left(wanted, records, {}, len(pool.running) + pool.free)

@@ -1,7 +1,8 @@
 """The same runs on a Ray cluster: `pip install ranktune[ray]`, `ray start --head`, `ranktune compare ... --ray`.
 
-Ray places and restarts the work; the record of a run is written by the machine that trained it, so `--out`, the model
-and the data must be at the same place on every machine (a shared file system).
+Ray places the work; a run whose machine is lost is recorded as failed, and `--retry-failed` trains it again. The
+record of a run is written by the machine that trained it, so `--out`, the model and the data must be at the same place
+on every machine (a shared file system).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def finished(
             "num_training_params": metrics["training_params"],
             "status": "diverged" if diverged else "success",
             "metrics": [
-                *_curve(events, metrics["metric"]),
+                *_curve(events, metrics["metric"], split),
                 {
                     "step": metrics["steps"],
                     f"{split} {metrics['metric']}": score,
@@ -164,14 +164,14 @@ def _comparison(run: Run) -> dict[str, Any]:
     }
 
 
-def _curve(events: Sequence[Event], metric: str) -> list[dict[str, Any]]:
+def _curve(events: Sequence[Event], metric: str, split: str) -> list[dict[str, Any]]:
     """One entry per evaluation on the way, with the training loss last logged before it."""
     entries, loss = [], None
     for event in events:
         if event["event"] == "step":
             loss = event.get("loss")
         elif event["event"] == "evaluation" and event["step"] > 0:
-            entries.append({"step": event["step"], f"valid {metric}": event.get(metric), "train loss": loss})
+            entries.append({"step": event["step"], f"{split} {metric}": event.get(metric), "train loss": loss})
     return entries[:-1]  # the last one is the result, and has its own entry
 
 
