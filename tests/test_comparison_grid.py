@@ -561,7 +561,7 @@ def test_runs_go_through_ray(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_pool, "execute", execute)
     with ray_pool.RayPool(Store(run_folder(run)), ray) as pool:
         assert pool.free == 2
-        assert asked == {"num_gpus": 1, "max_retries": 0}
+        assert asked == {"num_gpus": 1, "max_retries": 0, "max_calls": 1}
         assert list(pool.news(0.1)) == []
         pool.start(run)
         assert (pool.free, pool.running) == (1, [run])
