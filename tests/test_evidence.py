@@ -153,8 +153,9 @@ def test_a_direction_is_clear_where_the_interval_leaves_out_zero() -> None:
         measured("loss", -0.2, -0.21, -0.19),
         measured("alone", -0.2),
         measured("equal", 0.0, 0.0, 0.0),
+        measured("steps", 0.25, 0.25, 0.25),  # of a few examples; without any spread chance cannot be judged
     ]
-    assert checked(Claim("p", "s", "dylora", "lora"), comparisons)[2:5] == ["6", "2 (1 clear)", "3 (1 clear)"]
+    assert checked(Claim("p", "s", "dylora", "lora"), comparisons)[2:5] == ["7", "3 (1 clear)", "3 (1 clear)"]
     assert checked(Claim("p", "s", "dylora", "lora"), comparisons[4:5])[5] == "alone -0.2000"
 
 

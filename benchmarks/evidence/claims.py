@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ranktune.compare.statistics import Interval, t_interval
+from ranktune.compare.statistics import Interval, PairedTest, paired_test
 from ranktune.tasks.vocabulary import TASKS
 
 from .pieces import PIECES
@@ -71,7 +71,8 @@ def of_sequence(name: str, found: Mapping[str, Any]) -> Measured:
 def checked(claim: Claim, measured: Sequence[Measured]) -> list[str]:
     """The claim beside what every comparison found that has both methods: cells of `HEAD`.
 
-    A direction is that of the mean over seeds, and clear where the 95 % interval leaves out zero.
+    A direction is that of the mean over seeds, and clear where the paired t-test gives p < 0.05, which is where the 95 %
+    interval leaves out zero.
     """
     found = []
     for comparison in measured:
@@ -80,25 +81,24 @@ def checked(claim: Claim, measured: Sequence[Measured]) -> list[str]:
         difference = _difference(claim, comparison)
         if difference is not None:
             found.append((comparison.name, difference))
-    same, opposite = [d for _, d in found if d.mean > 0], [d for _, d in found if d.mean < 0]
-    words = ", ".join(f"{name} {_words(difference)}" for name, difference in found)
+    same = [d for _, d in found if d.difference.mean > 0]
+    opposite = [d for _, d in found if d.difference.mean < 0]
+    words = ", ".join(f"{name} {_words(d.difference)}" for name, d in found)
     return [claim.paper, claim.says, str(len(found)), _count(same), _count(opposite), words or "not measured yet"]
 
 
-def _difference(claim: Claim, comparison: Measured) -> Interval | None:
+def _difference(claim: Claim, comparison: Measured) -> PairedTest | None:
     """By how much the claim's better method is better, on the seeds of both."""
     better, worse = (comparison.scores.get(method, {}) for method in (claim.better, claim.worse))
-    sign = 1.0 if comparison.greater_is_better else -1.0
-    differences = [sign * (better[seed] - worse[seed]) for seed in sorted(better.keys() & worse.keys())]
-    return t_interval(differences) if differences else None
+    seeds = sorted(better.keys() & worse.keys())
+    if not seeds:
+        return None
+    high, low = (better, worse) if comparison.greater_is_better else (worse, better)
+    return paired_test([high[seed] for seed in seeds], [low[seed] for seed in seeds])
 
 
-def _is_clear(difference: Interval) -> bool:
-    return difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
-
-
-def _count(differences: Sequence[Interval]) -> str:
-    clear = sum(map(_is_clear, differences))
+def _count(differences: Sequence[PairedTest]) -> str:
+    clear = sum(d.p_t is not None and d.p_t < 0.05 for d in differences)
     return f"{len(differences)} ({clear} clear)" if differences else "0"
 
 
