@@ -71,8 +71,8 @@ def of_sequence(name: str, found: Mapping[str, Any]) -> Measured:
 def checked(claim: Claim, measured: Sequence[Measured]) -> list[str]:
     """The claim beside what every comparison found that has both methods: cells of `HEAD`.
 
-    A direction is that of the mean over seeds, and clear where the paired t-test gives p < 0.05, which is where the 95 %
-    interval leaves out zero.
+    A direction is that of the mean over seeds, and clear where the paired t-test gives p < 0.05, which is where the
+    95 % interval leaves out zero.
     """
     found = []
     for comparison in measured:
