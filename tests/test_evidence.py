@@ -19,9 +19,11 @@ from evidence import claims
 from evidence.claims import Claim, checked, of_glue, of_sequence
 from evidence.pieces import PIECES, TASKS
 from evidence.results import Result, keep, kept
+from ranktune import IncreLoraConfig
 from ranktune.compare.methods import parse_methods
 from ranktune.compare.statistics import t_interval
 from ranktune.compare.summary import MethodSummary, Summary
+from ranktune.policy import Layout
 from ranktune.recipe.choices import method_config
 from ranktune.tasks import load_data
 from stepcost import machine
@@ -117,6 +119,18 @@ def test_the_questions_of_the_benchmark_are_all_there() -> None:
     }
     assert all(piece.seeds == 5 for piece in PIECES.values() if piece.part == "low-resource")
     assert all(piece.seeds >= 3 for piece in PIECES.values())
+
+
+def test_the_parts_of_increlora_that_are_left_out_would_have_acted() -> None:
+    """In a run as long as the piece's: a window as long as the time between two rounds leaves no step out."""
+    piece = PIECES["ablation-increlora"]
+    steps = -(-(piece.examples or 0) // 32) * piece.epochs
+    layout = Layout(("one", "two"), torch.tensor([16, 16]))
+    acts = {}
+    for variant in parse_methods(piece.methods)[1:]:
+        policy = IncreLoraConfig(r=piece.rank, **variant.fields).policy(layout, steps)
+        acts[variant.label] = (policy.reserve_gate, policy.ramp, sum(map(policy.measures, range(steps))))
+    assert len(set(acts.values())) == len(acts) == 4
 
 
 def test_what_is_kept_comes_back_and_names_no_folder(tmp_path: Path) -> None:
