@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # As Python itself does for a script: its folder comes first.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
