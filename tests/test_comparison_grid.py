@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from ranktune.compare.budget import Share
-from ranktune.compare.command import watching
+from ranktune.compare.command import compare_recipe, watching
 from ranktune.compare.driver import Options, compare, lay_out
 from ranktune.compare.grid import Grid, Run
 from ranktune.compare.methods import Variant, default_methods, parse_methods
@@ -83,9 +84,14 @@ def test_methods_that_cannot_be_are_refused(text: str, words: str) -> None:
 
 
 def test_unknown_methods_and_fields_are_refused_before_anything_is_written(recipe: Path, tmp_path: Path) -> None:
-    for methods, words in (("lorra", "Did you mean 'lora'"), ("lora[rr=2]", "unknown key 'method.rr'")):
+    for methods, words in (
+        ("lorra", r"^--methods: unknown method 'lorra'\. Did you mean 'lora'"),
+        ("lora[rr=2]", r"^--methods lora\[rr=2\]: unknown key 'method\.rr'"),
+    ):
         with pytest.raises(RecipeError, match=words):
             grid_of(recipe, tmp_path / "out", methods)
+    with pytest.raises(ConfigError, match=r"^--methods dynamic-dora\[beta=2\]: section 'method': beta"):
+        grid_of(recipe, tmp_path / "out", "dynamic-dora[beta=2]")
     short = "dynamic-dora[warmup_ratio=0.6,final_ratio=0.3]"
     with pytest.raises(ConfigError, match=r"dynamic-dora.*: .*too short.*optimizer steps"):
         grid_of(recipe, tmp_path / "out", f"lora,{short}", "train.max_steps=1")
@@ -107,6 +113,7 @@ def test_every_method_gets_the_same_number_of_parameters(recipe: Path, tmp_path:
     shares = {variant.label: share for variant, share in grid.shares}
     for label in ("lora", "peft-lora", "dylora", "dynamic-dora", "increlora"):
         assert shares[label].planned == budget, label
+        assert shares[label].at_most == (label in ("dynamic-dora", "increlora")), label
     for label in ("lora", "peft-lora", "dylora"):
         assert shares[label].method["r"] == 4
         assert shares[label].method["lora_alpha"] == 8
@@ -322,7 +329,7 @@ def test_failures_are_forgotten_on_request_and_damaged_records_are_named(run: Ru
     (store.folder / "x.json").write_text("{")
     with pytest.raises(RecipeError, match=r"x\.json is not JSON.*Delete it"):
         store.records()
-    for text in ("{}", "[]", '{"comparison": {}}'):
+    for text in ("{}", "[]", '{"comparison": {}}', '{"run_info": 3, "train_info": [], "comparison": null}'):
         (store.folder / "x.json").write_text(text)
         with pytest.raises(RecipeError, match="no record of a comparison"):
             store.records()
@@ -431,7 +438,10 @@ def test_the_whole_grid_is_trained_once_and_failures_do_not_stop_it(recipe: Path
     assert any(line.startswith("[10/10]") for line in lines.said)
     assert lines.seen[-1][1] == 10
     assert lines.words[0] == "lora lr 0.00632 seed 0"
-    assert lines.words[1] == "lora lr 0.02 seed 0; about 0:10 left"  # five more searches of two seconds
+    # Five more searches of two seconds, and four final runs that will follow whatever they find.
+    assert lines.words[1] == "lora lr 0.02 seed 0; about 0:18 left"
+    assert {total for _, total in lines.seen} == {10}
+    assert next(line for line in lines.said if line.startswith("[")).startswith("[1/10] lora lr 0.00632")
     assert worked(grid, scores)[0] == []  # nothing is repeated
     more = replace(grid, seeds=(0, 1, 2))
     assert worked(more, scores)[0] == ["lora-final-lr0.02-seed2", "dora-final-lr0.02-seed2"]
@@ -467,6 +477,40 @@ def test_a_run_that_another_process_took_over_from_one_that_died_is_not_failed(r
     assert len(started) == 2
     assert not any("failed" in line for line in lines.said)
     assert [record["train_info"]["status"] for record in Store(grid.runs).records().values()] == ["success"]
+
+
+def test_runs_are_foreseen_before_the_search_has_chosen_their_rate(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora,dora", seeds=4)
+    searches = grid.wanted({})
+    assert (len(searches), len(grid.foreseen({}))) == (6, 14)
+    lora = {run.id: record_of(run, {0.0632: 0.9}.get(run.rate, 0.5)) for run in searches if run.label == "lora"}
+    assert len(grid.foreseen(lora)) == 15  # the search goes on beyond its best point
+    every = {run.id: record_of(run, None, "failed") for run in searches}
+    while missing := [run for run in grid.wanted(every) if run.id not in every]:
+        every |= {run.id: record_of(run, None, "failed") for run in missing}
+    assert grid.foreseen(every) == grid.wanted(every)
+    assert {run.phase for run in grid.foreseen(every)} == {"search"}  # without any usable rate nothing follows
+
+
+def test_a_methods_warning_says_whose_it_is(recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grid_of(recipe, tmp_path, "lora,dynamic-dora[dem_weight=0]", "train.max_steps=10", search=False)
+    (said,) = [record.getMessage() for record in caplog.records if "shorter than prune_interval" in record.getMessage()]
+    assert said.startswith("dynamic-dora[dem_weight=0]: the window of steps")
+    assert not logging.getLogger("ranktune").filters
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_prepared(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / "out" / "runs")
+    monkeypatch.setattr("ranktune.compare.command.lay_out", lambda *_: pytest.fail("prepared"))
+    for out, nearest in (("out", "out/runs"), ("file", "file"), ("file/below", "file")):
+        options = Options(parse_methods("lora"), 1, tmp_path / out)
+        for only in (False, True):
+            with pytest.raises(RecipeError, match=f"--out: .*{tmp_path / nearest} is not a folder you may write in"):
+                compare_recipe(load_recipe(recipe), recipe, options, None, report_only=only)
 
 
 def test_the_bar_shows_the_name_of_a_variant_whole() -> None:
@@ -576,10 +620,12 @@ def test_a_share_is_told_in_words() -> None:
     from ranktune.compare.budget import residual_words
 
     shares = [("a", Share({}, 100, 100, "r=2")), ("b", Share({}, 100, 97, "x")), ("c", Share({}, None, None, "all"))]
+    shares.append(("d", Share({}, 100, 100, "its own", at_most=True)))
     assert residual_words(shares) == [
         "a: 100 adapter parameters, exactly the budget; r=2",
         "b: 97 adapter parameters, -3 (-3.00%) beside the budget; x",
         "c: all",
+        "d: at most 100 adapter parameters; its own",
     ]
 
 

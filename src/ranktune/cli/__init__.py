@@ -11,7 +11,7 @@ import typer
 
 from ranktune.cli import compare, evaluate, export, inspect, merge, plot, squeeze, train, truncate
 from ranktune.cli.refusals import refusals_are_messages
-from ranktune.cli.startup import share_the_cores, silence_chatty_libraries
+from ranktune.run.startup import share_the_cores, silence_chatty_libraries
 
 app = typer.Typer(
     name="ranktune",

@@ -25,12 +25,14 @@ class Share:
         budget: adapter parameters it was given, None where it has none to keep.
         planned: adapter parameters it is expected to end with, None for the whole model.
         note: how that came about, in words.
+        at_most: whether `planned` is a bound, below which the method ends by less than a component.
     """
 
     method: dict[str, Any]
     budget: int | None
     planned: int | None
     note: str
+    at_most: bool = False
 
 
 def reference_budget(method: dict[str, Any], planner: Planner, file: str) -> int:
@@ -46,7 +48,7 @@ def fit(variant: Variant, method: dict[str, Any], budget: int, planner: Planner,
         method: the recipe's method section.
         budget: adapter parameters.
         planner: counts what a complete method section would train, on a model without weights.
-        file: the recipe's file, for messages.
+        file: where the fields come from, for messages.
 
     Raises:
         RecipeError, ConfigError: the method refuses its fields.
@@ -72,7 +74,7 @@ def _by_parameters(section: dict[str, Any], budget: int, planner: Planner, file:
     plan = planner(section)
     fixed = sum(module.shape[0] for module in plan.modules) if section.get("use_dora") else 0
     complete = complete_method({**section, "target_params": budget - fixed}, file)
-    return Share(complete, budget, budget, f"target_params={budget - fixed:,}, kept by the method itself")
+    return Share(complete, budget, budget, f"target_params={budget - fixed:,}, kept by the method itself", at_most=True)
 
 
 def _adalora(section: dict[str, Any], budget: int, planner: Planner, file: str) -> Share:
@@ -154,6 +156,9 @@ def residual_words(shares: Iterable[tuple[str, Share]]) -> list[str]:
         if share.planned is None or share.budget is None:
             count = "" if share.planned is None else f"{share.planned:,} adapter parameters, "
             lines.append(f"{label}: {count}{share.note}")
+            continue
+        if share.at_most:
+            lines.append(f"{label}: at most {share.planned:,} adapter parameters; {share.note}")
             continue
         miss = share.planned - share.budget
         residual = "exactly the budget" if miss == 0 else f"{miss:+,} ({miss / share.budget:+.2%}) beside the budget"

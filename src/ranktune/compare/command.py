@@ -16,6 +16,7 @@ from ranktune.compare.summary import Summary, summarise
 from ranktune.compare.workers import Workers
 from ranktune.errors import RecipeError
 from ranktune.recipe import Recipe
+from ranktune.run.directory import unwritable
 
 
 def compare_recipe(
@@ -50,6 +51,9 @@ def compare_recipe(
             f"{file}: 'method.init_from' keeps the ranks of an adapter, and a comparison gives all methods as many "
             "parameters as lora has at one r. Compare without it, or train each method from the adapter."
         )
+    for place in (options.out, options.out / "runs"):
+        if (nearest := unwritable(place)) is not None:
+            raise RecipeError(f"--out: {place} cannot be written: {nearest} is not a folder you may write in.")
     if report_only:
         grid = lay_out(recipe, file, options)
         store = Store(grid.runs)

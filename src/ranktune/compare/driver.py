@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,10 +102,12 @@ def lay_out(recipe: Recipe, file: Path, options: Options) -> Grid:
         budget = reference_budget(recipe.method, planner, str(file))
         shares = []
         for variant in options.methods:
-            share = fit(variant, recipe.method, budget, planner, str(file))
-            config = method_config(share.method, str(file), prepared.task.peft_task_type)
+            place = f"--methods {variant.label}" if variant.fields else str(file)
+            share = fit(variant, recipe.method, budget, planner, place)
+            config = method_config(share.method, place, prepared.task.peft_task_type)
             try:
-                config.policy(planner(share.method).layout, steps.total)
+                with _warnings_of(variant):
+                    config.policy(planner(share.method).layout, steps.total)
             except ConfigError as error:
                 raise ConfigError(
                     f"{variant.label}: {error} The runs have {steps.total:,} optimizer steps ({steps.arithmetic})."
@@ -120,6 +123,22 @@ def lay_out(recipe: Recipe, file: Path, options: Options) -> Grid:
         budget=budget,
         runs=options.out.absolute() / "runs",
     )
+
+
+@contextmanager
+def _warnings_of(variant: Variant) -> Iterator[None]:
+    """Put the method's name before what it warns of: among ten methods nobody could tell whose warning it is."""
+
+    def name(record: logging.LogRecord) -> bool:
+        record.msg, record.args = f"{variant.label}: {record.getMessage()}", ()
+        return True
+
+    logger = logging.getLogger("ranktune")
+    logger.addFilter(name)
+    try:
+        yield
+    finally:
+        logger.removeFilter(name)
 
 
 def compare(grid: Grid, pool_of: Callable[[Store], AbstractContextManager[Pool]], watcher: Watcher) -> None:
@@ -181,7 +200,7 @@ def _work(grid: Grid, store: Store, pool: Pool, watcher: Watcher) -> None:
         for run in missing:
             if pool.free and run.id not in busy and elsewhere.get(run.id, 0.0) <= now:
                 pool.start(run)
-        _show(wanted, records, fractions, pool, watcher)
+        _show(grid, records, fractions, pool, watcher)
         for news in _next_news(pool):
             if isinstance(news, Progress):
                 fractions[news.run.id] = news.step / max(news.total, 1)
@@ -205,26 +224,27 @@ def _next_news(pool: Pool) -> Sequence[News]:
 
 
 def _show(
-    wanted: Sequence[Run],
+    grid: Grid,
     records: Mapping[str, Any],
     fractions: Mapping[str, float],
     pool: Pool,
     watcher: Watcher,
 ) -> None:
-    done = sum(run.id in records for run in wanted) + sum(fractions.values())
+    foreseen = grid.foreseen(records)
+    done = sum(run.id in records for run in foreseen) + sum(fractions.values())
     words = ", ".join(f"{run.label} lr {run.rate:g} seed {run.seed}" for run in pool.running)
-    left = seconds_left(wanted, records, fractions, len(pool.running) + pool.free)
-    watcher.at(done, len(wanted), words + ("" if left is None else f"; about {clock(left)} left"))
+    left = seconds_left(foreseen, records, fractions, len(pool.running) + pool.free)
+    watcher.at(done, len(foreseen), words + ("" if left is None else f"; about {clock(left)} left"))
 
 
 def _announce(run: Run, grid: Grid, store: Store, pool: Pool, watcher: Watcher) -> None:
     records = store.records()
     if run.id not in records:
         return
-    wanted = grid.wanted(records)
-    done = sum(other.id in records for other in wanted)
-    left = seconds_left(wanted, records, {}, len(pool.running) + pool.free)
-    watcher.say(result_line(run, records[run.id], done, len(wanted), left))
+    foreseen = grid.foreseen(records)
+    done = sum(other.id in records for other in foreseen)
+    left = seconds_left(foreseen, records, {}, len(pool.running) + pool.free)
+    watcher.say(result_line(run, records[run.id], done, len(foreseen), left))
 
 
 def _planner(prepared: Prepared, file: str) -> Callable[[dict[str, Any]], Plan]:

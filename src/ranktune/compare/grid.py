@@ -63,7 +63,20 @@ class Grid:
         A method's final runs follow when its search has ended; of a method without any usable learning rate there are
         none.
         """
-        searches, finals = [], []
+        searches, finals, _ = self._runs(records)
+        return [*searches, *finals]
+
+    def foreseen(self, records: Mapping[str, Mapping[str, Any]]) -> list[Run]:
+        """`wanted`, and the final runs of methods whose search has not ended, at the centre's rate for want of theirs.
+
+        It tells how many runs there will be at least, not which.
+        """
+        searches, finals, to_follow = self._runs(records)
+        return [*searches, *finals, *to_follow]
+
+    def _runs(self, records: Mapping[str, Mapping[str, Any]]) -> tuple[list[Run], list[Run], list[Run]]:
+        """The search's runs, the final runs, and stand-ins for those that will follow a search that has not ended."""
+        searches, finals, to_follow = [], [], []
         for variant, share in self.shares:
             tried = self._tried(variant, share, records)
             points = points_to_try(tried) if self.search_seeds else [0]
@@ -74,10 +87,11 @@ class Grid:
             elif all(point in tried for point in points):
                 chosen = best_point(tried)
             else:
+                to_follow += [self._run(variant, share, "final", 0, seed) for seed in self.seeds]
                 continue
             if chosen is not None:
                 finals += [self._run(variant, share, "final", chosen, seed) for seed in self.seeds]
-        return [*searches, *finals]
+        return searches, finals, to_follow
 
     def trials(self, variant: Variant, records: Mapping[str, Mapping[str, Any]]) -> dict[float, Trial]:
         """Learning rate to what it achieved in the search."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ranktune.errors import RecipeError
+from ranktune.errors import RecipeError, did_you_mean
 from ranktune.recipe.choices import method_class, method_fields
 from ranktune.recipe.overrides import split_override
 
@@ -69,7 +69,8 @@ def parse_methods(text: str) -> list[Variant]:
     """`a,b[x=1,y=2]` as variants; brackets set fields of the method for this comparison.
 
     Raises:
-        RecipeError: brackets do not match, a field is no `name=value`, or two variants could not be told apart.
+        RecipeError: there is no such method, brackets do not match, a field is no `name=value`, or two variants could
+            not be told apart.
     """
     variants = [_variant(part.strip()) for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
     if not variants:
@@ -93,8 +94,11 @@ def _variant(text: str) -> Variant:
     found = re.fullmatch(r"(?P<name>[^\[\]=]+)(\[(?P<fields>.*)\])?", text)
     if found is None:
         raise RecipeError(f"--methods: '{text}' is not a method; write name or name[field=value,field=value].")
-    fields = dict(_fields(found["fields"] or "", text))
-    return Variant(text, found["name"].strip(), fields)
+    name, known = found["name"].strip(), [variant.name for variant in default_methods()]
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise RecipeError(f"--methods: unknown method '{name}'.{near} Methods: {', '.join(known)}.")
+    return Variant(text, name, dict(_fields(found["fields"] or "", text)))
 
 
 def _fields(text: str, variant: str) -> Iterable[tuple[str, Any]]:

@@ -137,12 +137,18 @@ def missing_field(record: Any) -> str | None:
     """The first field that a comparison needs and the record has not, None where it has all."""
     if not isinstance(record, dict):
         return "run_info"
-    ended = record.get("train_info", {}).get("status") in ("success", "diverged")
-    for wanted in (_ALWAYS, _ENDED if ended else {}):
-        for section, names in wanted.items():
-            for name in names:
-                if name not in record.get(section, {}):
-                    return f"{section}.{name}"
+    if missing := _first_missing(record, _ALWAYS):
+        return missing
+    ended = record["train_info"]["status"] in ("success", "diverged")
+    return _first_missing(record, _ENDED) if ended else None
+
+
+def _first_missing(record: dict[str, Any], wanted: Mapping[str, Sequence[str]]) -> str | None:
+    for section, names in wanted.items():
+        found = record.get(section)
+        for name in names:
+            if not isinstance(found, dict) or name not in found:
+                return f"{section}.{name}"
     return None
 
 

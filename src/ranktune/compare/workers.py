@@ -18,6 +18,7 @@ import torch
 
 from ranktune.compare.grid import Run
 from ranktune.compare.store import Store
+from ranktune.run.startup import silence_chatty_libraries
 
 _STOP_SECONDS = 10.0
 
@@ -151,7 +152,7 @@ def _context() -> BaseContext:
     if sys.platform != "linux" or torch.accelerator.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranktune.compare.execution"])
+    context.set_forkserver_preload(["ranktune.compare.preload"])
     return context
 
 
@@ -160,6 +161,7 @@ def _train(connection: Connection, store: Store, run: Run) -> None:
     # Ctrl-C reaches every process of the terminal: the one that started this one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _errors_to(store, run)
+    silence_chatty_libraries()
     from ranktune.compare.execution import execute
 
     with contextlib.suppress(BrokenPipeError):  # whoever asked is gone

@@ -15,6 +15,12 @@ from ranktune.adapter_file import CONFIG_FILE
 from ranktune.errors import RecipeError
 
 
+def unwritable(path: Path) -> Path | None:
+    """What keeps one from writing in the folder `path`: it, or the nearest place above it; None where nothing does."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """`OUT` of the documentation. `metrics.json` is written last, so a run without it did not end."""
@@ -94,8 +100,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RecipeError(f"output: {self.path} is a file; name a folder.")
-        nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        if (nearest := unwritable(self.path)) is not None:
             raise RecipeError(f"output: {self.path} cannot be made: {nearest} is not a folder you may write in.")
         if not overwrite and (found := self.contents()):
             raise RecipeError(

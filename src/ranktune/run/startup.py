@@ -1,4 +1,4 @@
-"""What is set before torch and its company are imported."""
+"""What is set in every process of the command line before torch and its company are imported."""
 
 from __future__ import annotations
 
