@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 from scipy import stats
 
@@ -25,7 +26,14 @@ from ranktune.compare.summary import Summary, summarise
 from ranktune.recipe import Recipe
 from ranktune.report.comparison import figures, pictures, text, write_report
 from ranktune.report.comparison.details import MethodDetails, read_details
-from ranktune.report.comparison.marks import marks, panel_range, parameter_panels, scores_astray, spread_out
+from ranktune.report.comparison.marks import (
+    front_steps,
+    marks,
+    panel_range,
+    parameter_panels,
+    scores_astray,
+    spread_out,
+)
 from ranktune.report.comparison.terminal import outcome_lines, outcome_table
 from ranktune.report.rank_history import RankHistory
 from tests.browser import Browser, find_browser
@@ -163,6 +171,10 @@ def test_the_terminal_shows_a_row_a_method_and_what_must_not_be_missed(
     assert any("differs significantly" in line or "better than lora" in line for line in lines)
     assert lines[-1].startswith("Not every run ended well: dylora: final lr 0.001 seed 2 failed: ValueError")
     assert "more notes in report.md" in lines[-1]
+    few = replace(summary, methods=[method for method in summary.methods if not method.label.startswith("<")])
+    assert "notes" not in outcome_lines(few)[-1]
+    twice = replace(few, methods=[few.methods[2]] * 2)
+    assert outcome_lines(twice)[-1].endswith("(1 more note in report.md)")
 
 
 def test_other_data_is_noticed(comparison: tuple[Path, Summary, Store], tmp_path: Path) -> None:
@@ -308,6 +320,9 @@ def test_each_picture_shows_what_its_name_says(
     ticks = [tick.get_text() for tick in drawn["score.png"].axes[0].get_yticklabels()]
     assert ticks[2] == "dylora\n(1 failed)"
     assert len(ticks) == len(SCORES)
+    ahead = [line.get_xydata().tolist() for axes in drawn["pareto.png"].axes for line in axes.lines[:1]]
+    assert [len(corners) for corners in ahead] == [2, 3]  # from the one method to the edge, and from edge to edge
+    assert ahead[1][0][1] == ahead[0][-1][1] == pytest.approx(0.7567, abs=1e-4)
     points = {line.get_label(): line.get_xydata().tolist() for axes in drawn["pareto.png"].axes for line in axes.lines}
     assert points["lora"] == [[1034.0, pytest.approx(0.71)]]
     assert points["full (front)"] == [[90_034.0, pytest.approx(0.8)]]
@@ -337,9 +352,81 @@ def test_what_is_still_to_come_is_said(tmp_path: Path) -> None:
     summary = drawn_from(tmp_path, {"lora": [1.0, 1.1], "dora": [1.0, None]}, {"lora": 1000, "dora": 1000})
     assert summary.waiting == 1
     assert [row[3] for row in text.score_table(summary)[1]] == ["2 of 2", "1 of 2 (1 not trained yet)"]
-    assert "has not ended: at least 1 runs are" in outcome_lines(summary)[0]
+    assert "has not ended: at least 1 run is" in outcome_lines(summary)[0]
     assert "has not ended" in text.what_was_done(summary)[0]
     assert not text.troubles(summary)
+    shares = tuple((v, Share({"name": v.name}, None, None, "")) for v in parse_methods("lora,dora"))
+    recipe = Recipe(method={"name": "lora", "r": 2}, output="x")
+    searching = summarise(Grid(recipe, shares, (0, 1), (0,), 0.1, 1000, tmp_path / "runs"), {})
+    assert [method.waiting for method in searching.methods] == [3 + 2, 3 + 2]  # the final runs follow for certain
+    assert text.score_table(searching)[1][0][3] == "0 of 2 (5 not trained yet, its search among them)"
+    assert "at least 10 runs are still to be trained" in text.what_was_done(searching)[0]
+
+
+def test_no_p_is_explained_and_no_interval_is_of_no_width(tmp_path: Path) -> None:
+    scores = {"lora": [1.0, 1.1], "dora": [1.0, 1.1], "mor": [1.2, 1.3], "full": [0.9, 0.9]}
+    summary = drawn_from(tmp_path, scores, dict.fromkeys(scores, 1000))
+    rows = {row[0]: row[3:] for row in text.test_table(summary)[1]}
+    assert rows["dora"] == ["-", "-", "-", "-"]
+    assert rows["mor"] == ["-", "-", "-", "0.5"]
+    assert "-" not in rows["full"]
+    equal, shifted = text.verdict(summary)[-2:]
+    assert equal == "The same scores as lora's at every seed, so that there is nothing to test: dora."
+    assert shifted.startswith("The same difference to lora at every seed")
+    assert shifted.endswith(": mor.")
+    assert {row[0]: row[2] for row in text.score_table(summary)[1]}["full"] == "-"
+    figures.scores(summary)
+    one = drawn_from(tmp_path / "one", {"lora": [1.0, None], "dora": [1.0, None]}, dict.fromkeys(scores, 1000))
+    assert len(text.verdict(one)) == 1
+
+
+def test_the_report_says_what_its_scores_are(comparison: tuple[Path, Summary, Store], tmp_path: Path) -> None:
+    _, summary, _ = comparison
+    assert text.what_was_done(summary)[1] == "Scored by accuracy on the evaluation data; higher is better."
+    begun = replace(summary, before={0: 0.25, 1: 0.3})
+    assert text.what_was_done(begun)[1].endswith("higher is better. Before training it is 0.2500 to 0.3000.")
+    assert text.what_was_done(replace(summary, before={0: 0.25}))[1].endswith("Before training it is 0.2500.")
+    loss = drawn_from(tmp_path, {"lora": [1.0, 1.1]}, {"lora": 1000})
+    assert text.what_was_done(loss)[1] == "Scored by nats on the evaluation data; lower is better."
+    assert text.about_front(loss).startswith("On the Pareto front: lora. No other method")
+    assert text.about_front(replace(loss, methods=[])) == ""
+    page = text.markdown(begun, [])
+    assert "On the Pareto front: dynamic-dora, full." in page
+    assert "held of the runs before" in page.split("## Time and memory")[1]
+    assert "held of the runs before" not in page.split("## Time and memory")[0]
+    assert "allocator of the GPU" in text.about_costs(replace(summary, memory_kind="cuda"))
+    written = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    assert written["method"] == {"name": "lora", "r": 2}
+    assert written["train"]["batch_size"] == 32
+    assert "output" not in written
+
+
+def test_scores_before_training_come_from_the_final_runs(comparison: tuple[Path, Summary, Store]) -> None:
+    _, summary, store = comparison
+    assert summary.before == {}
+    shares = tuple((v, Share({"name": v.name}, 1000, 1000, "r=2")) for v in variants())
+    grid = Grid(Recipe(method={"name": "lora", "r": 2}, output="x"), shares, (0, 1, 2), (0,), 0.1, 1000, store.folder)
+    records = store.records()
+    for record in records.values():
+        own = record["comparison"]
+        own["before"] = 0.1 * own["seed"] + (0.5 if own["phase"] == "search" else 0.2)
+    assert summarise(grid, records).before == pytest.approx({0: 0.2, 1: 0.3, 2: 0.4})
+
+
+def test_the_front_goes_over_the_panels_from_edge_to_edge(tmp_path: Path) -> None:
+    scores = {"lora": [1.0, 1.0], "dora": [1.2, 1.2], "mor": [0.8, 0.8], "full": [0.5, 0.5]}
+    summary = drawn_from(tmp_path, scores, {"lora": 1000, "dora": 1200, "mor": 1500, "full": 90_000})
+    left, right = parameter_panels(summary.methods)
+    edges = panel_range(left), panel_range(right)
+    first = front_steps(left, None)
+    assert first == [(1034.0, 1.0), (1534.0, 0.8), (edges[0][1], 0.8)]
+    assert front_steps(right, 0.8) == [(edges[1][0], 0.8), (90_034.0, 0.5), (edges[1][1], 0.5)]
+    assert front_steps([method for method in left if method.label == "dora"], None) == []
+    drawn = [trace for trace in figures.pareto(summary).data if trace.mode == "lines"]
+    assert [tuple(zip(trace.x, trace.y, strict=True)) for trace in drawn] == [
+        tuple(first), tuple(front_steps(right, 0.8))
+    ]  # fmt: skip
+    assert [trace.showlegend for trace in drawn] == [True, False]
 
 
 def test_marks_tell_methods_apart_without_colour() -> None:

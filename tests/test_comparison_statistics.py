@@ -24,6 +24,11 @@ def test_the_interval_is_the_textbooks() -> None:
     )
     one = t_interval([4.0])
     assert (one.mean, one.low, one.high, one.half_width, one.count) == (4.0, None, None, None, 1)
+    for equal in ([0.7, 0.7, 0.7], [0.1 + 0.2, 0.3]):  # no spread, or one of rounding: no width would be certainty
+        same = t_interval(equal)
+        assert same.mean == pytest.approx(equal[0])
+        assert (same.low, same.high, same.half_width, same.count) == (None, None, None, len(equal))
+    assert t_interval([1e-6, 2e-6]).half_width == pytest.approx(12.706 * 0.5e-6, rel=1e-4)
     with pytest.raises(ValueError, match="at least one"):
         t_interval([])
 
@@ -68,6 +73,8 @@ def test_equal_differences_give_no_t_test() -> None:
     shifted = paired_test([0.6, 0.7, 0.8], [0.5, 0.6, 0.7])  # a spread of rounding only
     assert shifted.p_t is None
     assert shifted.p_wilcoxon == 0.25
+    assert shifted.difference.mean == pytest.approx(0.1)
+    assert (shifted.difference.low, same.difference.high) == (None, None)
     assert paired_test([0.5], [0.4]).p_t is None
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_test([1.0], [1.0, 2.0])

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of `count` values and the bounds of its 95 % t-interval; bounds are None for fewer than two values."""
+    """The mean of `count` values and its 95 % t-interval, whose bounds are None where the values have no spread."""
 
     mean: float
     low: float | None
@@ -30,16 +30,27 @@ class Interval:
 def t_interval(values: Sequence[float]) -> Interval:
     """``mean +- t(0.975, n - 1) s / sqrt(n)``: it covers the mean over seeds if scores are roughly normal over them.
 
+    Fewer than two values, or equal ones, say nothing about their spread: an interval of no width would be certainty.
+
     Raises:
         ValueError: there are no values.
     """
     if not values:
         raise ValueError("an interval needs at least one value")
     count, mean = len(values), float(np.mean(values))
-    if count < 2:
+    spread = _spread(values)
+    if spread is None:
         return Interval(mean, None, None, count)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * spread / math.sqrt(count))
     return Interval(mean, mean - half, mean + half, count)
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """The standard deviation over values; None for fewer than two, or where it is nothing but rounding."""
+    if len(values) < 2:
+        return None
+    spread = float(np.std(values, ddof=1))
+    return spread if spread > 1e-12 * max(1.0, float(np.abs(values).max())) else None
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,8 @@ def paired_test(scores: Sequence[float], reference: Sequence[float]) -> PairedTe
         raise ValueError(f"{len(scores)} scores cannot be paired with {len(reference)}")
     differences = np.subtract(scores, reference)
     count = len(differences)
-    p_t = None
-    # Spread that is only rounding would make the test certain of a difference that nobody measured.
-    spread = float(np.std(differences, ddof=1)) if count > 1 else 0.0
-    if spread > 1e-12 * max(1.0, float(np.abs(differences).max())):
+    p_t, spread = None, _spread(differences.tolist())
+    if spread is not None:
         t = abs(float(np.mean(differences))) * math.sqrt(count) / spread
         p_t = float(2 * stats.t.sf(t, count - 1))
     return PairedTest(t_interval(differences.tolist()), p_t, _signed_rank(differences), 2.0 ** (1 - count))

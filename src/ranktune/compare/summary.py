@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ranktune.compare.grid import Grid
 from ranktune.compare.search import Trial, at_edge
 from ranktune.compare.statistics import Interval, PairedTest, holm, paired_test, pareto_front, t_interval
+from ranktune.recipe.yaml_text import write
 
 REFERENCE = "lora"
 
@@ -39,7 +41,7 @@ class MethodSummary:
             at least its score.
         runs: names of its final runs that ended well, by seed.
         lost: seed to status of the final runs that failed or diverged.
-        waiting: runs that are known to be needed and have no record yet; none in a comparison that has ended.
+        waiting: runs that have no record yet, as far as they are foreseen; none in a comparison that has ended.
     """
 
     label: str
@@ -72,7 +74,14 @@ class MethodSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole comparison. `greater_is_better` is about `metric`; `different_data` names runs that saw other data."""
+    """A whole comparison.
+
+    Attributes:
+        greater_is_better: about `metric`.
+        different_data: names of runs that saw other data than the rest.
+        before: seed to score before training, on the evaluation data; the adapters of every method begin at nothing.
+        recipe: what all runs share, as YAML.
+    """
 
     metric: str
     greater_is_better: bool
@@ -88,10 +97,12 @@ class Summary:
     data: str
     steps: int | None
     memory_kind: str
+    before: Mapping[int, float] = field(default_factory=dict)
+    recipe: str = ""
 
     @property
     def waiting(self) -> int:
-        """Runs that are known to be needed and have not been trained yet."""
+        """Runs that have not been trained yet, as far as they are foreseen."""
         return sum(method.waiting for method in self.methods)
 
     @property
@@ -117,7 +128,8 @@ def summarise(grid: Grid, records: Mapping[str, Record]) -> Summary:
     own = {name: records[name] for name in wanted if name in records}
     good = [record for record in own.values() if record["train_info"]["status"] == "success"]
     some = good[-1] if good else None
-    drafts = [_draft(variant.label, grid, own, wanted) for variant, _ in grid.shares]
+    missing = Counter(run.label for run in grid.foreseen(records) if run.id not in records)
+    drafts = [{**_draft(v.label, grid, own, wanted), "waiting": missing[v.label]} for v, _ in grid.shares]
     greater = True if some is None else bool(some["comparison"]["greater_is_better"])
     methods = _tested(drafts, greater)
     return Summary(
@@ -135,7 +147,15 @@ def summarise(grid: Grid, records: Mapping[str, Record]) -> Summary:
         data="" if some is None else some["meta_info"]["dataset_info"]["description"],
         steps=None if some is None else some["train_info"]["metrics"][-1]["step"],
         memory_kind="" if some is None else some["train_info"]["memory_kind"],
+        before=_before(good),
+        recipe=write({key: value for key, value in grid.recipe.resolved().items() if key != "output"}),
     )
+
+
+def _before(records: Sequence[Record]) -> dict[int, float]:
+    own = [record["comparison"] for record in records if record["comparison"]["phase"] == "final"]
+    found = {one["seed"]: one.get("before") for one in own}
+    return {seed: score for seed, score in sorted(found.items()) if score is not None}
 
 
 def _draft(label: str, grid: Grid, records: Mapping[str, Record], wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +191,6 @@ def _draft(label: str, grid: Grid, records: Mapping[str, Record], wanted: Mappin
         "costs": {field: value for field in _COSTS if (value := average(field)) is not None},
         "runs": {record["comparison"]["seed"]: name for name, record in well.items()},
         "lost": {finals[name]["comparison"]["seed"]: how for name, how in status.items() if how != "success"},
-        "waiting": len(own) - len(mine),
     }
 
 

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from ranktune.compare.summary import Summary
 from ranktune.report.comparison.details import MethodDetails
 from ranktune.report.comparison.marks import (
+    front_steps,
     marks,
     metric_words,
     panel_range,
@@ -94,11 +95,12 @@ def pareto(summary: Summary) -> go.Figure:
         horizontal_spacing=0.09,
         column_widths=[0.75, 0.25][: len(panels)] if len(panels[0]) >= len(panels[-1]) else [0.25, 0.75],
     )
+    front: list[tuple[float, float]] = []
     for column, panel in enumerate(panels, start=1):
-        front = [method for method in panel if method.on_front]
+        front = front_steps(panel, front[-1][1] if front else None)
         figure.add_scatter(
-            x=[method.trainable for method in front],
-            y=[method.interval.mean for method in front if method.interval],
+            x=[count for count, _ in front],
+            y=[score for _, score in front],
             mode="lines",
             line={"shape": "hv", "dash": "dash", "color": GREEN},
             name="Pareto front",
@@ -209,7 +211,7 @@ def rank_map(history: RankHistory) -> go.Figure:
         xgap=2,
         ygap=2,
         texttemplate="%{z}" if last.ranks.size <= 600 else None,
-        colorbar={"title": {"text": "rank"}},
+        colorbar={"title": {"text": "rank"}, "dtick": max(1, int(np.nanmax(history.ranks)) // 5)},
         hovertemplate="%{y}, layer %{x}: rank %{z}<extra></extra>",
     )
     stops = [

@@ -62,7 +62,8 @@ def trouble_words(method: MethodSummary) -> str:
     """What keeps the method from having all of its scores, short; empty where nothing does."""
     words = [f"{count} {status}" for status, count in sorted(Counter(method.lost.values()).items())]
     if method.waiting:
-        words.append(f"{method.waiting} not trained yet")
+        searched = ", its search among them" if method.rate is None else ""
+        words.append(f"{method.waiting} not trained yet{searched}")
     elif method.rate is None:
         words.append("no usable learning rate")
     return ", ".join(words)
@@ -97,6 +98,18 @@ def panel_range(panel: list[MethodSummary]) -> tuple[float, float]:
         return low / 1.5, high * 1.5
     room = max(0.1 * (high - low), 0.01 * high)
     return low - room, high + room
+
+
+def front_steps(panel: list[MethodSummary], reached: float | None) -> list[tuple[float, float]]:
+    """The Pareto front over a panel from edge to edge, as corners of steps: the best mean that so many parameters give.
+
+    `reached` is that at the left edge, None where there is nothing smaller than the panel.
+    """
+    low, high = panel_range(panel)
+    steps = [] if reached is None else [(low, reached)]
+    front = [method for method in panel if method.on_front]
+    steps += [(method.trainable or 0.0, method.interval.mean) for method in front if method.interval]
+    return [*steps, (high, steps[-1][1])] if steps else []
 
 
 def scores_astray(summary: Summary) -> bool:

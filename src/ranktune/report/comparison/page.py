@@ -69,7 +69,7 @@ class _Builder:
 
 
 def _paragraphs(lines: list[str]) -> str:
-    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines if line)
 
 
 def _table(table: text.Table) -> str:
@@ -94,7 +94,7 @@ def _scores(builder: _Builder, summary: Summary) -> str:
 
 def _parameters(builder: _Builder, summary: Summary) -> str:
     drawn = builder.place(figures.pareto(summary), "score against trained parameters") if _any(summary) else ""
-    return drawn + _table(text.parameter_table(summary))
+    return drawn + _table(text.parameter_table(summary)) + _paragraphs([text.about_front(summary)])
 
 
 def _tests(summary: Summary) -> str:
@@ -112,7 +112,7 @@ def _costs(builder: _Builder, summary: Summary) -> str:
             shown += f"<h3>{name[0].upper()}{name[1:]}</h3>" + builder.place(
                 figures.cost(summary, field, scale, name), name
             )
-    return shown + _table(text.cost_table(summary))
+    return shown + _table(text.cost_table(summary)) + _paragraphs([text.about_costs(summary)])
 
 
 def _rates(builder: _Builder, summary: Summary) -> str:
@@ -160,7 +160,8 @@ def _runs(summary: Summary) -> str:
     items = "".join(f"<li>{html.escape(line)}</li>" for line in trouble)
     listed = f"<ul>{items}</ul>" if trouble else "<p>Every run ended well.</p>"
     facts = [[name, value] for name, value in text.machine(summary).items()]
-    return listed + "<h3>Machine and versions</h3>" + _table((["", ""], facts))
+    recipe = f"<h3>Recipe</h3>{_paragraphs([text.WHAT_THE_RECIPE_IS])}<pre>{html.escape(summary.recipe)}</pre>"
+    return listed + "<h3>Machine and versions</h3>" + _table((["", ""], facts)) + recipe
 
 
 def _any(summary: Summary) -> bool:

@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from ranktune.compare.summary import MethodSummary, Summary
 from ranktune.report.comparison.marks import (
+    front_steps,
     marks,
     metric_words,
     panel_range,
@@ -82,11 +83,9 @@ def _pareto(methods: list[MethodSummary], summary: Summary) -> Figure:
     axes.remove()
     widths = [1.0] if len(panels) == 1 else [3.0, 1.0] if len(panels[0]) >= len(panels[1]) else [1.0, 3.0]
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
+    front: list[tuple[float, float]] = []
     for place, (axes, panel) in enumerate(zip(row, panels, strict=True)):
-        front = [
-            (method.trainable or 0.0, method.interval.mean) for method in panel if method.on_front and method.interval
-        ]
-        if front:
+        if front := front_steps(panel, front[-1][1] if front else None):
             axes.step(*zip(*front, strict=True), where="post", color=GREEN, linestyle="--", zorder=2)
         dress(axes, "" if place else "Score against trained parameters", "", "" if place else metric_words(summary))
         if spread_out(panel):

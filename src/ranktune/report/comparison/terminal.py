@@ -25,6 +25,7 @@ def outcome_lines(summary: Summary) -> list[str]:
     """What a reader must not miss: the tests' verdict, runs that are missing, runs that did not end well."""
     lines = [*unfinished(summary), *verdict(summary)]
     if trouble := troubles(summary):
-        more = f" ({len(trouble) - 1} more notes in report.md)" if len(trouble) > 1 else ""
+        count = len(trouble) - 1
+        more = f" ({count} more {'note' if count == 1 else 'notes'} in report.md)" if count else ""
         lines.append(f"Not every run ended well: {trouble[0]}{more}")
     return lines

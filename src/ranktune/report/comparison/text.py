@@ -9,8 +9,14 @@ from pathlib import Path
 from ranktune.compare.statistics import what_seeds_can_show
 from ranktune.compare.summary import MethodSummary, Summary
 from ranktune.report.comparison.marks import trouble_words
+from ranktune.report.tables import size
 
 Table = tuple[list[str], list[list[str]]]
+
+WHAT_THE_RECIPE_IS = (
+    "Shared by all runs. A method takes of `method` what it knows; its rank and learning rate are in the tables above, "
+    "and the complete recipe of every run in its JSON."
+)
 
 
 def score_table(summary: Summary) -> Table:
@@ -90,6 +96,7 @@ def what_was_done(summary: Summary) -> list[str]:
         *unfinished(summary),
         f"{Path(summary.model).name} on {summary.data}; {summary.steps or 0:,} optimizer steps, the same data in the "
         f"same order, the same optimizer and schedule for every method at a seed.",
+        *([_how_scored(summary)] if any(method.scores for method in summary.methods) else []),
         f"Every method was given {summary.budget:,} adapter parameters at its end, which is what lora has at the "
         "recipe's r; the table of parameters says by how much each one misses that, and what it trained at the start.",
     ]
@@ -104,18 +111,43 @@ def what_was_done(summary: Summary) -> list[str]:
         lines.append("Learning rates were not searched: each is the recipe's times a factor for the method.")
     lines.append(
         "Intervals are 95 % t-intervals over seeds: they say how well the mean over seeds is known on this evaluation "
-        "data, not how the methods would do on other data."
-    )
-    lines.append(
-        "Time is that of training, without the scoring on the way. Time and memory are those of the machine below and "
-        "of whatever else ran on it; "
-        + (
-            "memory is what the allocator of the GPU had reserved."
-            if summary.memory_kind == "cuda"
-            else "memory is the resident memory of the process, libraries included, sampled after every step."
-        )
+        "data, not how the methods would do on other data. There is none of one seed, nor of seeds that score the same."
     )
     return lines
+
+
+def _how_scored(summary: Summary) -> str:
+    metric, direction = summary.metric.replace("_", " "), "higher" if summary.greater_is_better else "lower"
+    line = f"Scored by {metric} on the evaluation data; {direction} is better."
+    if not summary.before:
+        return line
+    form, low, high = _form(summary), min(summary.before.values()), max(summary.before.values())
+    return f"{line} Before training it is {low:{form}}" + (f" to {high:{form}}." if high > low else ".")
+
+
+def about_costs(summary: Summary) -> str:
+    """What time and memory are, and are not."""
+    memory = (
+        "memory is what the allocator of the GPU had reserved."
+        if summary.memory_kind == "cuda"
+        else "memory is the resident memory of the process, sampled after every step: libraries are in it, and what "
+        "the process still held of the runs before, so that small differences mean nothing."
+    )
+    return (
+        "Means over seeds, on the machine that is described with the versions and beside whatever else ran on it; "
+        f"{memory}"
+    )
+
+
+def about_front(summary: Summary) -> str:
+    """Which methods are on the Pareto front, and what that says; empty where there are no scores."""
+    front = ", ".join(method.label for method in summary.methods if method.on_front)
+    if not front:
+        return ""
+    return (
+        f"On the Pareto front: {front}. No other method has at most as many trained parameters (to one percent) and a "
+        "better mean, nor fewer and as good a one. Chance is not considered."
+    )
 
 
 def unfinished(summary: Summary) -> list[str]:
@@ -123,8 +155,8 @@ def unfinished(summary: Summary) -> list[str]:
     if not summary.waiting:
         return []
     return [
-        f"This comparison has not ended: at least {summary.waiting} runs are still to be trained. The same command "
-        "goes on from here."
+        f"This comparison has not ended: at least {_runs(summary.waiting)} still to be trained. The same command goes "
+        "on from here."
     ]
 
 
@@ -142,6 +174,23 @@ def verdict(summary: Summary) -> list[str]:
         lines.append(f"{method.label} is {word} than lora by {by} (p = {method.p_corrected:.3g} after Holm).")
     if not found and any(method.p_corrected is not None for method in summary.methods):
         lines.append("No method differs significantly from lora here, after Holm's correction for their number.")
+    return [*lines, *_untested(summary)]
+
+
+def _untested(summary: Summary) -> list[str]:
+    """Why methods with several pairs have no p."""
+    tests = {method.label: method.test for method in summary.methods if method.test and method.test.p_t is None}
+    several = {label: test for label, test in tests.items() if test.difference.count > 1}
+    equal = [label for label, test in several.items() if test.p_wilcoxon is None]
+    shifted = [label for label in several if label not in equal]
+    lines = []
+    if equal:
+        lines.append(f"The same scores as lora's at every seed, so that there is nothing to test: {', '.join(equal)}.")
+    if shifted:
+        lines.append(
+            "The same difference to lora at every seed, which leaves the t-test no spread to measure it by: "
+            f"{', '.join(shifted)}."
+        )
     return lines
 
 
@@ -164,14 +213,16 @@ def markdown(summary: Summary, pictures: Sequence[str]) -> str:
     """report.md."""
     parts = ["# Comparison", *what_was_done(summary), "## Scores", markdown_table(score_table(summary))]
     parts += ["## Parameters", markdown_table(parameter_table(summary))]
+    parts += [about_front(summary)] if about_front(summary) else []
     parts += ["## Against lora", *verdict(summary)]
     tests = test_table(summary)
     parts += [markdown_table(tests)] if tests[1] else []
-    parts += ["## Time and memory", markdown_table(cost_table(summary))]
+    parts += ["## Time and memory", about_costs(summary), markdown_table(cost_table(summary))]
     if trouble := troubles(summary):
         parts += ["## Runs that did not end well", "\n".join(f"- {line}" for line in trouble)]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures]
-    parts += ["## Machine", "\n".join(f"- {name}: {value}" for name, value in machine(summary).items())]
+    parts += ["## Machine and versions", "\n".join(f"- {name}: {value}" for name, value in machine(summary).items())]
+    parts += ["## Recipe", WHAT_THE_RECIPE_IS, f"```yaml\n{summary.recipe}```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -213,4 +264,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _size(count: float | None) -> str:
-    return "-" if count is None else f"{count / 2**20:,.1f} MiB"
+    return "-" if count is None else size(round(count))
+
+
+def _runs(count: int) -> str:
+    return "1 run is" if count == 1 else f"{count} runs are"
