@@ -392,8 +392,8 @@ def test_the_report_says_what_its_scores_are(comparison: tuple[Path, Summary, St
     assert text.about_front(replace(loss, methods=[])) == ""
     page = text.markdown(begun, [])
     assert "On the Pareto front: dynamic-dora, full." in page
-    assert "held of the runs before" in page.split("## Time and memory")[1]
-    assert "held of the runs before" not in page.split("## Time and memory")[0]
+    assert "run's own process" in page.split("## Time and memory")[1]
+    assert "run's own process" not in page.split("## Time and memory")[0]
     assert "allocator of the GPU" in text.about_costs(replace(summary, memory_kind="cuda"))
     written = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
     assert written["method"] == {"name": "lora", "r": 2}

@@ -255,7 +255,7 @@ def test_the_page_says_what_of_a_piece_is_missing(tmp_path: Path) -> None:
     page = results_page.page(tmp_path)
     assert (
         "Not run yet of this piece: increlora, dynamic-dora, dylora, mor. 2 of its 5 seeds. This comparison has not "
-        "ended: at least 1 runs are still to be trained. The same command goes on from here. Why."
+        "ended: at least 1 run is still to be trained. The same command goes on from here. Why."
     ) in page
     assert "1 of 2 (1 not trained yet)" in page
     whole = {variant.label: dict.fromkeys(range(5), 0.5) for variant in parse_methods(PIECES["stsb-r8-500"].methods)}

@@ -130,8 +130,7 @@ def about_costs(summary: Summary) -> str:
     memory = (
         "memory is what the allocator of the GPU had reserved."
         if summary.memory_kind == "cuda"
-        else "memory is the resident memory of the process, sampled after every step: libraries are in it, and what "
-        "the process still held of the runs before, so that small differences mean nothing."
+        else "memory is the resident memory of the run's own process, libraries included, sampled after every step."
     )
     return (
         "Means over seeds, on the machine that is described with the versions and beside whatever else ran on it; "
