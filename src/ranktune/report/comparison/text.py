@@ -133,8 +133,8 @@ def about_costs(summary: Summary) -> str:
         else "memory is the resident memory of the run's own process, libraries included, sampled after every step."
     )
     return (
-        "Means over seeds, on the machine that is described with the versions and beside whatever else ran on it; "
-        f"{memory}"
+        "Means over seeds, on the machine that is described with the versions and beside whatever else ran on it. Time "
+        f"is that of training, without the scoring on the way; {memory}"
     )
 
 
