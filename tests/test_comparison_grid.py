@@ -8,6 +8,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -479,6 +481,22 @@ def test_a_run_that_another_process_took_over_from_one_that_died_is_not_failed(r
     assert [record["train_info"]["status"] for record in Store(grid.runs).records().values()] == ["success"]
 
 
+def test_the_process_that_others_are_forked_off_is_quiet_before_it_imports_the_libraries() -> None:
+    script = """if True:
+        import logging, signal, sys
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "ranktune.compare.execution":
+                    print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, logging.getLogger("torchao").level)
+                    raise SystemExit
+        sys.meta_path.insert(0, Finder())
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        import ranktune.compare.preload
+    """
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", str(logging.ERROR)]
+
+
 def test_runs_are_foreseen_before_the_search_has_chosen_their_rate(recipe: Path, tmp_path: Path) -> None:
     grid = grid_of(recipe, tmp_path, "lora,dora", seeds=4)
     searches = grid.wanted({})
@@ -516,7 +534,11 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_prepared(
 def test_the_bar_shows_the_name_of_a_variant_whole() -> None:
     shown = io.StringIO()
     with watching(Console(file=shown, force_terminal=True, width=120)) as watcher:
+        watcher.say("a line while nothing has begun")
+        begun = shown.getvalue()
         watcher.at(1.5, 4, "mor[num_experts=4] lr 0.01 seed 0; about 0:10 left")
+    assert "getting ready" in begun
+    assert "None" not in begun
     assert "1.5/4  mor[num_experts=4] lr 0.01 seed 0; about 0:10 left" in shown.getvalue()
 
 
@@ -546,8 +568,6 @@ def test_time_left_is_told_by_runs_of_the_same_kind(recipe: Path, tmp_path: Path
 
 
 def test_ray_is_asked_for_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     from ranktune.compare.ray_pool import load_ray
 
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -90,7 +90,7 @@ def watching(console: Console | None) -> Iterator[Watcher]:
         with Progress(
             TextColumn("runs"),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed:.1f}/{task.total}  {task.fields[words]}", markup=False),  # a[b=1] is no markup
+            TextColumn("{task.fields[words]}", markup=False),  # a[b=1] is no markup
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -119,7 +119,7 @@ class _Lines(_Silent):
 class _Bar:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
-        self._task = bar.add_task("runs", total=None, words="")
+        self._task = bar.add_task("runs", total=None, words="getting ready")
 
     def say(self, line: str) -> None:
         """Print above the bar."""
@@ -127,4 +127,4 @@ class _Bar:
 
     def at(self, done: float, total: int, words: str) -> None:
         """Move the bar."""
-        self._bar.update(self._task, completed=done, total=total, words=words)
+        self._bar.update(self._task, completed=done, total=total, words=f"{done:.1f}/{total}  {words}")
