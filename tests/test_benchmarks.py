@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from peft import AdaLoraModel
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import squeeze as squeeze_benchmark
 import step_cost
+from ranktune.adapters import updates
 from stepcost import options
 from stepcost.cases import encoder_batch
 from stepcost.machine import Machine, Precision
@@ -146,6 +148,23 @@ def test_every_variant_trains_its_own_head_and_adapter_over_shared_weights(name:
     assert batch["inputs_embeds"].grad is not None
     moved = [key for key, parameter in trained.items() if not torch.equal(before[key], parameter)]
     assert sorted(moved) == sorted(trained)
+
+
+def test_ranks_are_scored_in_the_timed_step_as_each_row_says() -> None:
+    """PEFT's allocator by hand, IncreLoRA's dense gradients in the row that says so, and in no other."""
+    base = encoder(64, layers=1, positions=8)
+    scored = {}
+    for name in ("peft-adalora", "increlora", "increlora-scored"):
+        model = adapt(base, VARIANTS[name], 2, 0.0, ENCODER_TARGETS, base.classifier)
+        step = TrainingStep(model, VARIANTS[name], encoder_batch(base, (2, 8), CPU), CPU)
+        step()
+        step()
+        if name == "peft-adalora":
+            allocator: Any = next(module for module in model.modules() if isinstance(module, AdaLoraModel))
+            scored[name] = len(allocator.rankallocator.ipt) > 0
+        else:
+            scored[name] = any(update.rank_average.abs().sum() > 0 for _, update in updates(model))
+    assert scored == {"peft-adalora": True, "increlora": False, "increlora-scored": True}
 
 
 def test_bfloat16_runs_under_autocast_over_a_bfloat16_base() -> None:

@@ -25,7 +25,7 @@ from ranktune.compare.methods import Variant, default_methods, parse_methods
 from ranktune.compare.progress import result_line, seconds_left
 from ranktune.compare.record import failed
 from ranktune.compare.store import ATTEMPTS, Store
-from ranktune.compare.workers import Died, Ended
+from ranktune.compare.workers import Died, Ended, Progress
 from ranktune.errors import ConfigError, RecipeError
 from ranktune.recipe import load_recipe
 from tests.tiny import LINEAR_MODULES, WIDTH, write_everything
@@ -157,6 +157,10 @@ def test_ranks_set_by_hand_are_left_alone_and_the_scale_follows_rslora(recipe: P
     assert (by_hand.method["r"], by_hand.method["lora_alpha"]) == (1, 8)
     assert (by_hand.budget, by_hand.planned) == (None, COMPONENTS)
     assert "by hand" in by_hand.note
+    by_size = "dynamic-dora[target_params=300],increlora[r=1],peft-adalora[r=1]"
+    for _, share in grid_of(recipe, tmp_path, by_size, "train.epochs=5").shares:
+        # What they begin with is no size to end with.
+        assert (share.budget, share.planned, share.note) == (None, None, "its rank was set by hand")
     assert dora.method["lora_alpha"] / 3**0.5 == pytest.approx(8 / 4**0.5)
 
 
@@ -234,6 +238,16 @@ def test_a_failed_rate_is_spoilt_and_a_method_without_any_is_left_out(recipe: Pa
     assert finals[0].rate != 0.02
     tried = [variant for variant, _ in grid.shares if variant.label == "dora"]
     assert sorted(grid.trials(tried[0], records)) == [0.000632, 0.002, 0.00632, 0.02, 0.0632]
+
+
+def test_equal_scores_are_told_apart_by_their_loss(recipe: Path, tmp_path: Path) -> None:
+    grid = grid_of(recipe, tmp_path, "lora", seeds=1, search_seeds=2)
+    records = {run.id: record_of(run, 0.5) for run in grid.wanted({})}
+    for name, record in records.items():
+        # 0.9 and 0.7, 1.0 and 0.4, 1 and 1: the mean over seeds counts.
+        first, second = {"0.00632": (0.9, 0.7), "0.02": (1.0, 0.4)}.get(name.split("lr")[1].split("-")[0], (1.0, 1.0))
+        record["comparison"]["loss"] = second if name.endswith("seed1") else first
+    assert [run.rate for run in grid.wanted(records) if run.phase == "final"] == [0.02]
 
 
 def test_a_loss_is_searched_downwards(recipe: Path, tmp_path: Path) -> None:
@@ -447,6 +461,15 @@ def test_the_whole_grid_is_trained_once_and_failures_do_not_stop_it(recipe: Path
     assert worked(grid, scores)[0] == []  # nothing is repeated
     more = replace(grid, seeds=(0, 1, 2))
     assert worked(more, scores)[0] == ["lora-final-lr0.02-seed2", "dora-final-lr0.02-seed2"]
+
+
+def test_a_run_in_training_counts_by_its_steps(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = grid_of(recipe, tmp_path, "lora", seeds=1, search=False)
+    steps = [Progress(grid.wanted({})[0], step, 8) for step in (2, 6)]
+    news = FakePool.news
+    monkeypatch.setattr(FakePool, "news", lambda self, seconds: [steps.pop(0)] if steps else news(self, seconds))
+    _, lines = worked(grid, lambda _: 0.5)
+    assert lines.seen == [(0.0, 1), (0.25, 1), (0.75, 1)]
 
 
 def test_a_process_that_died_after_its_record_was_written_did_not_fail(recipe: Path, tmp_path: Path) -> None:

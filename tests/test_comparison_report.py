@@ -201,6 +201,18 @@ def test_files_of_the_report(comparison: tuple[Path, Summary, Store]) -> None:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert float(rows["lora"]["score_mean"]) == pytest.approx(0.71)
     assert rows["lora"]["p_t"] == ""
+    found = next(method for method in summary.methods if method.label == "dynamic-dora")
+    assert found.interval is not None
+    assert found.test is not None
+    expected = {
+        "score_low": found.interval.low, "score_high": found.interval.high, "p_t": found.test.p_t,
+        "p_t_holm": found.p_corrected, "p_wilcoxon": found.test.p_wilcoxon, "difference": 0.14 / 3,
+        "difference_low": found.test.difference.low, "difference_high": found.test.difference.high,
+        "adapter_params": 998, "trainable_params": 1032, "training_params": 1498, "total_params": 100_000,
+        "train_seconds": 12.5, "tokens_per_second": 1234, "file_mib": 3,
+        "memory_max_mib": 120, "memory_avg_mib": 100, "memory_99th_mib": 119,
+    }  # fmt: skip
+    assert {name: float(rows["dynamic-dora"][name]) for name in expected} == pytest.approx(expected)
     assert float(rows["full"]["trainable_params"]) == 90_034
     assert rows["mor[num_experts=2]"]["budget_residual"] == "100"
     report = (out / "report.md").read_text()
@@ -211,6 +223,12 @@ def test_files_of_the_report(comparison: tuple[Path, Summary, Store]) -> None:
     ):  # fmt: skip
         assert words in report, words
     page = (out / "report.html").read_text()
+    assert "| 12.5 | 1,234 | 120.0 MiB | 100.0 MiB | 119.0 MiB | 3.0 MiB |" in report
+    assert "made up; 40 optimizer steps" in report
+    tests = {row[0]: row for row in text.test_table(summary)[1]}
+    numbers = found.test.p_t, found.p_corrected, found.test.p_wilcoxon
+    assert tests["dynamic-dora"][4:] == [f"{number:.3g}" for number in numbers if number is not None]
+    assert len(set(tests["dynamic-dora"][4:])) == 3
     assert "<script>no" not in page
     assert "<b>&lora" not in page
     assert "src=" not in page.split("<body>")[1].split("<script>")[0]
@@ -267,6 +285,13 @@ def test_a_few_parameters_fewer_are_no_merit(tmp_path: Path) -> None:
     assert {method.label for method in summary.methods if method.on_front} == {"lora", "mor"}
 
 
+@pytest.mark.parametrize(("kind", "words"), [("cuda", "allocator of the GPU"), ("process", "the resident memory")])
+def test_whose_memory_it_is_is_said(tmp_path: Path, kind: str, words: str) -> None:
+    summary = drawn_from(tmp_path, {"lora": [1.0, 1.1]}, {"lora": 1000})
+    assert summary.memory_kind == "process"
+    assert words in text.what_was_done(replace(summary, memory_kind=kind))[-1]
+
+
 def test_the_verdict_knows_which_way_is_better(tmp_path: Path) -> None:
     scores = {"lora": [1.0, 1.1], "dora": [0.5, 0.61], "mor": [1.5, 1.61]}
     summary = drawn_from(tmp_path, scores, dict.fromkeys(scores, 1000))
@@ -317,6 +342,8 @@ def test_each_picture_shows_what_its_name_says(
     assert labels["score.png"] == {"accuracy on the evaluation data"}
     assert labels["cost.png"] == {"training, seconds", "peak memory, MiB"}
     assert labels["learning_rates.png"] == {"learning rate"}
+    widths = {axes.get_xlabel(): [bar.get_width() for bar in axes.patches] for axes in drawn["cost.png"].axes}
+    assert widths == {"training, seconds": [12.5] * 5, "peak memory, MiB": [120.0] * 5}
     ticks = [tick.get_text() for tick in drawn["score.png"].axes[0].get_yticklabels()]
     assert ticks[2] == "dylora\n(1 failed)"
     assert len(ticks) == len(SCORES)

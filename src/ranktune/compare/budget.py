@@ -23,7 +23,7 @@ class Share:
     Attributes:
         method: its complete section of the recipe.
         budget: adapter parameters it was given, None where it has none to keep.
-        planned: adapter parameters it is expected to end with, None for the whole model.
+        planned: adapter parameters it is expected to end with, None for the whole model and where that is not known.
         note: how that came about, in words.
         at_most: whether `planned` is a bound, below which the method ends by less than a component.
     """
@@ -57,11 +57,14 @@ def fit(variant: Variant, method: dict[str, Any], budget: int, planner: Planner,
     known = method_fields(method_class(section, file))
     if "r" not in known:
         return Share(section, None, None, "trains the whole model")
+    adalora = method_class(section, file) is PeftAdaLora
     if variant.fields.keys() & {"r", "target_params", "rank_pattern"}:
-        return Share(section, None, planner(section).adapter, "its rank was set by hand")
+        # Where ranks move, what is planned is the start.
+        planned = None if adalora or "target_params" in known else planner(section).adapter
+        return Share(section, None, planned, "its rank was set by hand")
     if "target_params" in known:
         return _by_parameters(section, budget, planner, file)
-    if method_class(section, file) is PeftAdaLora:
+    if adalora:
         return _adalora(section, budget, planner, file)
     by_hand = variant.fields.keys() | (method.keys() if variant.name == method["name"] else set())
     if "num_experts" in known and "num_experts" not in by_hand:
