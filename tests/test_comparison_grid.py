@@ -107,6 +107,13 @@ def test_unknown_methods_and_fields_are_refused_before_anything_is_written(recip
     assert not (tmp_path / "out").exists()
 
 
+def test_a_schedule_must_fit_into_the_search_which_is_shorter(recipe: Path, tmp_path: Path) -> None:
+    late = "peft-adalora[warmup_ratio=0.5,final_ratio=0.4]"  # six steps are enough for it, two or three are not
+    grid_of(recipe, tmp_path, late, "train.epochs=1", search=False)
+    with pytest.raises(ConfigError, match=r"too short for AdaLoRA.* The runs have [23] optimizer steps"):
+        grid_of(recipe, tmp_path, late, "train.epochs=1", validation=0.65)
+
+
 def test_every_method_gets_the_same_number_of_parameters(recipe: Path, tmp_path: Path) -> None:
     methods = "lora,dora,peft-lora,peft-dora,dynamic-dora,increlora,dylora,peft-adalora,full"
     grid = grid_of(recipe, tmp_path, methods, "method.r=4", "method.lora_alpha=8", "train.epochs=5")

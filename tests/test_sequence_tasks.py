@@ -12,6 +12,8 @@ import pytest
 # As Python itself does for a script: its folder comes first.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import rank_budget
+import rank_search
 import sequence_tasks
 from sequence_tasks import SETTINGS, Case, Study, _powers_of_two, best_rate, rows
 
@@ -89,6 +91,62 @@ def test_a_nested_adapter_has_a_row_for_every_rank(study: Study) -> None:
 @pytest.mark.parametrize(("rank", "expected"), [(1, [1]), (2, [1, 2]), (16, [1, 2, 4, 8, 16]), (11, [1, 2, 4, 8, 11])])
 def test_ranks_are_powers_of_two_and_the_last_is_the_budget(rank: int, expected: list[int]) -> None:
     assert _powers_of_two(rank) == expected
+
+
+def test_a_search_for_a_rank_counts_its_runs_and_chooses_on_validation_alone(study: Study, monkeypatch) -> None:
+    """LoRA's rate is chosen at the middle rank, and its cost is that of a run a rank; DyLoRA is one run."""
+    tried = []
+
+    def run(search: rank_search.Search, arm: rank_search.Arm, case: Case) -> tuple[Path, dict[str, Any]]:
+        tried.append(case)
+        best = 0.03 if case.split == "test" else 0.01
+        after = 0.9 - abs(case.learning_rate - best) + case.rank / 1000 + case.seed / 100
+        facts = {"metric": "exact_match", "greater_is_better": True, "before": 0.1, "steps": 5}
+        seconds = 100.0 * case.rank if arm is rank_search.SEPARATE else 7.0
+        data = {"description": "words"}
+        return search.folder, {**facts, "after": after, "cpu_seconds": seconds, "data": data}
+
+    def scores(search: rank_search.Search, arm: rank_search.Arm, case: Case) -> dict[str, dict[int, float]]:
+        names = [arm.name] if arm in rank_search.NESTED else [rank_search.CUT.name, rank_search.SVD.name]
+        return {name: {b: b + case.seed / 10 for b in search.ranks} for name in names}
+
+    monkeypatch.setattr(rank_search.Search, "run", run)
+    monkeypatch.setattr(rank_search.Search, "scores", scores)
+    found = rank_search.search(study, [1, 2, 4], [3, 5])
+    assert set(found["learning_rates"].values()) == {0.01}
+    chosen = [case for case in tried if case.split == "validation"]
+    assert {(case.variant, case.rank, case.seed) for case in chosen} == {
+        ("lora", 2, 3), ("dylora", 4, 3), ("dylora-all", 4, 3)
+    }  # fmt: skip
+    assert {case.learning_rate for case in tried if case.split == "test"} == {0.01}
+    assert found["cpu_seconds"] == {"lora": [700.0, 700.0], "dylora-frozen": [7.0, 7.0], "dylora-all": [7.0, 7.0]}
+    assert found["scores"]["lora"] == {
+        b: [pytest.approx(0.88 + b / 1000 + seed / 100) for seed in (3, 5)] for b in (1, 2, 4)
+    }
+    for name in ("dylora-frozen", "dylora-all", "lora-cut", "lora-svd"):
+        assert found["scores"][name] == {b: [b + 0.3, b + 0.5] for b in (1, 2, 4)}
+
+
+def test_a_rank_for_each_module_is_chosen_on_validation_and_scored_on_test(study: Study, monkeypatch, tmp_path) -> None:
+    cuts = rank_budget.Cuts(study, 8, 50, 10)
+    monkeypatch.setattr(Study, "data", {split: tmp_path / split for split in ("validation", "test")})
+    asked = []
+
+    def train(recipe: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(recipe)
+        folder = Path(recipe.output)
+        folder.mkdir(parents=True)
+        loss = {1e-4: 2.0, 3e-4: 1.0, 1e-3: 3.0}[recipe.train.learning_rate]
+        (folder / "metrics.json").write_text(json.dumps({"scores": {"after": {"loss": loss}}}))
+        (folder / "recipe.yaml").write_text(f"source: {recipe.data.source}\n")
+        return {"metric": "m", "after": loss}
+
+    monkeypatch.setattr(rank_budget, "train", train)
+    assert cuts.best_learning_rate("frozen", 0) == 3e-4
+    assert {recipe.data.source for recipe in asked} == {str(tmp_path / "validation")}
+    copy = cuts._on_test(cuts.run("frozen", 3e-4, 0))
+    assert (copy / "recipe.yaml").read_text() == f"source: {tmp_path / 'test'}\n"
+    assert len(asked) == 3
 
 
 def test_splits_that_were_half_written_are_written_again(real_data, monkeypatch, tmp_path) -> None:
