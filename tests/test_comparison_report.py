@@ -289,7 +289,7 @@ def test_a_few_parameters_fewer_are_no_merit(tmp_path: Path) -> None:
 def test_whose_memory_it_is_is_said(tmp_path: Path, kind: str, words: str) -> None:
     summary = drawn_from(tmp_path, {"lora": [1.0, 1.1]}, {"lora": 1000})
     assert summary.memory_kind == "process"
-    assert words in text.what_was_done(replace(summary, memory_kind=kind))[-1]
+    assert words in text.about_costs(replace(summary, memory_kind=kind))
 
 
 def test_the_verdict_knows_which_way_is_better(tmp_path: Path) -> None:
