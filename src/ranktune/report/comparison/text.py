@@ -14,8 +14,8 @@ from ranktune.report.tables import size
 Table = tuple[list[str], list[list[str]]]
 
 WHAT_THE_RECIPE_IS = (
-    "Shared by all runs. A method takes of `method` what it knows; its rank and learning rate are in the tables above, "
-    "and the complete recipe of every run in its JSON."
+    "Shared by all runs. A method takes what it knows of the section 'method'; its rank and learning rate are in the "
+    "tables, and the complete recipe of every run is in its JSON."
 )
 
 
@@ -121,8 +121,9 @@ def _how_scored(summary: Summary) -> str:
     line = f"Scored by {metric} on the evaluation data; {direction} is better."
     if not summary.before:
         return line
-    form, low, high = _form(summary), min(summary.before.values()), max(summary.before.values())
-    return f"{line} Before training it is {low:{form}}" + (f" to {high:{form}}." if high > low else ".")
+    before = [f"{score:{_form(summary)}}" for score in summary.before.values()]
+    each = ", ".join(before) + ", seed by seed" if len(set(before)) > 1 else before[0]
+    return f"{line} Before training it is {each}."
 
 
 def about_costs(summary: Summary) -> str:
