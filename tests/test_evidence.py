@@ -136,9 +136,10 @@ def test_the_parts_of_increlora_that_are_left_out_would_have_acted() -> None:
 
 def test_what_is_kept_comes_back_and_names_no_folder(tmp_path: Path) -> None:
     result = result_of("stsb-r8", {"lora": {0: 0.5, 1: 0.25}, "dora": {}})
+    result = replace(result, summary=replace(result.summary, recipe="data:\n  source: /somewhere/glue/STS-B\n"))
     path = keep(result, tmp_path)
     (found,) = kept(tmp_path)
-    assert found == replace(result, summary=replace(result.summary, model="all-minilm"))
+    assert found == replace(result, summary=replace(result.summary, model="all-minilm", recipe=""))
     assert "/somewhere" not in path.read_text()
 
 

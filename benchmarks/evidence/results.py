@@ -35,7 +35,8 @@ class Result:
 
 def keep(result: Result, folder: Path = RESULTS) -> Path:
     """Write a result; the file's path. Nothing in it names a folder of the machine."""
-    summary = asdict(result.summary) | {"model": Path(result.summary.model).name}
+    # The recipe, which names the folder of the data, is the piece's.
+    summary = asdict(result.summary) | {"model": Path(result.summary.model).name, "recipe": ""}
     path = folder / "glue" / f"{result.piece}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(result) | {"summary": summary})
