@@ -128,6 +128,7 @@ def test_a_search_for_a_rank_counts_its_runs_and_chooses_on_validation_alone(stu
 
 
 def test_a_rank_for_each_module_is_chosen_on_validation_and_scored_on_test(study: Study, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("RANKTUNE_DATA", str(tmp_path))  # named by the recipe, and not looked into
     cuts = rank_budget.Cuts(study, 8, 50, 10)
     monkeypatch.setattr(Study, "data", {split: tmp_path / split for split in ("validation", "test")})
     asked = []
