@@ -194,7 +194,7 @@ def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
 
 
 def _together(born: Sequence[_Late]) -> Iterator[slice]:
-    """Which parts are moved in one go: on the CPU few enough to stay in the cache from pass to pass."""
+    """Which parts are moved in one go: on a GPU all, on the CPU few enough to stay in the cache from pass to pass."""
     first, size = 0, 0
     for place, late in enumerate(born):
         elements = late.born.numel() if late.born.device.type == "cpu" else 0

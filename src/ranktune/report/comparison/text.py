@@ -213,7 +213,8 @@ def markdown(summary: Summary, pictures: Sequence[str]) -> str:
     """report.md."""
     parts = ["# Comparison", *what_was_done(summary), "## Scores", markdown_table(score_table(summary))]
     parts += ["## Parameters", markdown_table(parameter_table(summary))]
-    parts += [about_front(summary)] if about_front(summary) else []
+    if front := about_front(summary):
+        parts.append(front)
     parts += ["## Against lora", *verdict(summary)]
     tests = test_table(summary)
     parts += [markdown_table(tests)] if tests[1] else []
